@@ -1,0 +1,196 @@
+"""A cells x genes matrix that stays in its .h5ad or .zarr file; rows are read as they are asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from diffbio.errors import InputFileError, MissingKeyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+class Rows(NamedTuple):
+    """Consecutive rows of a CSR matrix: row i holds `values[starts[i]:starts[i + 1]]` at `columns[...]`."""
+
+    starts: NDArray[np.int64]
+    columns: NDArray[np.integer]
+    values: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.starts.nbytes + self.columns.nbytes + self.values.nbytes)
+
+
+def open_store(path: Path) -> Mapping[str, Any]:
+    """Open `path` for reading: a zarr group for a folder, an HDF5 file otherwise."""
+    if path.is_dir():
+        import zarr
+
+        return zarr.open_group(str(path), mode="r")  # type: ignore[return-value]
+    import h5py
+
+    return h5py.File(path, "r")  # type: ignore[return-value]
+
+
+def encoding(element: Any) -> str:
+    """Return "csr", "csc" or "dense" for a stored matrix, old and new AnnData layouts alike."""
+    declared = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "array")))
+    if declared.startswith(("csr", "csc")):
+        return declared[:3]
+    return "dense"
+
+
+def stored_shape(element: Any) -> tuple[int, int]:
+    """Return the (rows, columns) that a stored matrix declares."""
+    if hasattr(element, "shape"):
+        shape = element.shape
+    else:
+        shape = element.attrs["shape"] if "shape" in element.attrs else element.attrs["h5sparse_shape"]
+    if len(shape) == 1:
+        return int(shape[0]), 1
+    return int(shape[0]), int(shape[1])
+
+
+def check_indptr(indptr: NDArray[np.integer], n_rows: int, nnz: int, where: str) -> None:
+    """Raise `InputFileError` unless `indptr` (n_rows + 1,) starts at 0, never falls, and ends at `nnz`."""
+    if indptr.shape != (n_rows + 1,):
+        problem = f"indptr has {indptr.shape[0]} entries for {n_rows} rows"
+    elif indptr[0] != 0:
+        problem = f"indptr starts at {indptr[0]}, not 0"
+    elif (np.diff(indptr) < 0).any():
+        problem = f"indptr decreases at row {int(np.argmax(np.diff(indptr) < 0))}"
+    elif indptr[-1] != nnz:
+        problem = f"indptr ends at {indptr[-1]}, but {nnz} values are stored"
+    else:
+        return
+    msg = f"sparse matrix is damaged: {problem}; {where}; write the file again from its source"
+    raise InputFileError(msg)
+
+
+def check_columns(columns: NDArray[np.integer], n_columns: int, where: str) -> None:
+    """Raise `InputFileError` unless every index in `columns` is in [0, n_columns)."""
+    if columns.size and (columns.min() < 0 or columns.max() >= n_columns):
+        bad = int(np.argmax((columns < 0) | (columns >= n_columns)))
+        msg = (
+            f"sparse matrix is damaged: column index {columns[bad]} at position {bad}, but there are "
+            f"{n_columns} columns; {where}; write the file again from its source"
+        )
+        raise InputFileError(msg)
+
+
+def select_columns(rows: Rows, lookup: NDArray[np.int64]) -> Rows:
+    """Keep the columns c with `lookup[c] >= 0`, renumbered to `lookup[c]`."""
+    column = lookup[rows.columns]
+    kept = column >= 0
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return Rows(before[rows.starts], column[kept].astype(np.int32), rows.values[kept])
+
+
+def without_duplicates(rows: Rows) -> Rows:
+    """Add up entries stored twice for one (row, column), as scipy does."""
+    rising = np.diff(rows.columns) > 0
+    boundary = rows.starts[1:-1] - 1
+    rising[boundary[(boundary >= 0) & (boundary < rising.size)]] = True
+    if rising.all():
+        return rows
+    from scipy.sparse import csr_array
+
+    n_columns = int(rows.columns.max()) + 1
+    matrix = csr_array((rows.values, rows.columns, rows.starts), shape=(len(rows.starts) - 1, n_columns), copy=True)
+    matrix.sum_duplicates()
+    return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+
+
+class DiskMatrix:
+    """Rows of the matrix stored at `key` ("X", "layers/counts", ...) of an open store.
+
+    Parameters
+    ----------
+    store : h5py.File or zarr.Group
+    key : where the matrix is.
+    columns : indices of the columns to keep, in the order wanted; None keeps all.
+    where : the file's name, for messages.
+
+    Raises
+    ------
+    MissingKeyError : nothing is stored at `key`.
+    InputFileError : the matrix is stored by column, or its row pointers are damaged.
+    """
+
+    def __init__(
+        self, store: Mapping[str, Any], key: str, *, columns: NDArray[np.integer] | None = None, where: str = "file"
+    ) -> None:
+        if key not in store:
+            msg = f"{key}: not in {where}, which holds {', '.join(sorted(store))}; pass the name of a stored matrix"
+            raise MissingKeyError(msg)
+        element = store[key]
+        self.key = key
+        self.where = f"{where}, {key}"
+        self.encoding = encoding(element)
+        n_rows, self.n_stored_columns = stored_shape(element)
+        self._columns = None if columns is None else np.asarray(columns)
+        self._lookup: NDArray[np.int64] | None = None
+        n_columns = self.n_stored_columns
+        if self._columns is not None:
+            check_columns(self._columns, self.n_stored_columns, f"{self.where}, genes asked for")
+            self._lookup = np.full(self.n_stored_columns, -1, np.int64)
+            self._lookup[self._columns] = np.arange(len(self._columns))
+            n_columns = len(self._columns)
+        self.shape = (n_rows, n_columns)
+        if self.encoding == "csc":
+            msg = (
+                f"matrix is stored by column (CSC), so its rows cannot be streamed; {self.where}; "
+                "load it into memory, or store it with adata.X = adata.X.tocsr()"
+            )
+            raise InputFileError(msg)
+        if self.encoding == "csr":
+            self._values, self._indices = element["data"], element["indices"]
+            self._indptr = np.asarray(element["indptr"][:]).astype(np.int64)
+            check_indptr(self._indptr, n_rows, int(self._values.shape[0]), self.where)
+            if self._indices.shape != self._values.shape:
+                msg = (
+                    f"sparse matrix is damaged: {self._indices.shape[0]} indices for {self._values.shape[0]} "
+                    f"values; {self.where}; write the file again from its source"
+                )
+                raise InputFileError(msg)
+        else:
+            self._values = element
+
+    @property
+    def nbytes_in_memory(self) -> int:
+        """Bytes held all the time: the row pointers of a CSR matrix."""
+        return int(self._indptr.nbytes) if self.encoding == "csr" else 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype stored."""
+        return cast("np.dtype[Any]", self._values.dtype)
+
+    def rows_per_chunk(self) -> int:
+        """Rows that one compressed chunk of the file holds on average, at least 1."""
+        chunks = getattr(self._values, "chunks", None)
+        if not chunks or not self.shape[0]:
+            return 1
+        if self.encoding == "csr":
+            return max(1, int(chunks[0] * self.shape[0] / max(1, self._values.shape[0])))
+        return int(chunks[0])
+
+    def read(self, start: int, stop: int) -> Rows | NDArray[Any]:
+        """Return rows [start, stop): `Rows` of a CSR matrix, an array (rows, columns) of a dense one."""
+        if self.encoding == "dense":
+            block = np.asarray(self._values[start:stop])
+            block = block[:, None] if block.ndim == 1 else block
+            return block if self._columns is None else block[:, self._columns]
+        first, last = int(self._indptr[start]), int(self._indptr[stop])
+        columns = np.asarray(self._indices[first:last])
+        check_columns(columns, self.n_stored_columns, self.where)
+        rows = Rows(self._indptr[start : stop + 1] - first, columns, np.asarray(self._values[first:last]))
+        rows = without_duplicates(rows)
+        return rows if self._lookup is None else select_columns(rows, self._lookup)

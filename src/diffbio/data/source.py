@@ -1,0 +1,465 @@
+"""Where training reads its cells from: arrays in memory, or a file larger than memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+from scipy import sparse
+
+from diffbio.data.disk import DiskMatrix, Rows, open_store
+from diffbio.data.validate import batch_codes
+from diffbio.errors import DataError, MissingKeyError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+type Batch = dict[str, NDArray[Any]]
+
+# Integer arrays under these names count or point at things; every other integer array is a measurement.
+INTEGER_ENDINGS = ("labels", "label", "indices", "index", "pairs", "edges", "graph")
+BLOCK_ROWS = 64
+GROUP_ROWS = 4096
+
+
+def batch_dtype(key: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype an array has in a batch: bool as it is, labels and indices int32, the rest float32."""
+    if dtype == np.bool_:
+        return dtype
+    if np.issubdtype(dtype, np.integer) and key.endswith(INTEGER_ENDINGS):
+        return np.dtype(np.int32)
+    if np.issubdtype(dtype, np.number):
+        return np.dtype(np.float32)
+    msg = f"{key}: has dtype {dtype}, which is no number; encode names as integers first (diffbio.data.batch_codes)"
+    raise DataError(msg)
+
+
+def as_source(
+    data: Source | Mapping[str, Any] | AnnData | str | Path,
+    *,
+    cell_keys: Collection[str],
+    constant_keys: Collection[str] = (),
+    mapping: Mapping[str, str] | None = None,
+    genes: NDArray[np.integer] | None = None,
+) -> Source:
+    """Turn what a user has into a `Source`.
+
+    Parameters
+    ----------
+    data
+        A `Source` (returned as it is), a dict of arrays or scipy sparse matrices, an AnnData (in memory or
+        backed), or the path of a .h5ad file or .zarr folder, whose matrices stay on disk.
+    cell_keys
+        Keys whose first axis is cells; those that `data` does not have are left out.
+    constant_keys
+        Keys without a cell axis (`ambient_profile`), added to every batch.
+    mapping
+        For AnnData and files: key -> place, such as {"counts": "layers/counts", "batch_labels": "obs/batch"}.
+        Places: "X", "raw/X", "layers/<name>", "obsm/<name>", "obs/<column>" for cells and "var/<column>",
+        "varm/<name>", "uns/<name>" for constants. Default {"counts": "X"}.
+    genes
+        Indices of the genes to keep, in the order wanted (AnnData and files only); None keeps all.
+
+    Raises
+    ------
+    DataError : lengths differ, an array is not numeric, or a sparse matrix is damaged.
+    MissingKeyError : a place named in `mapping` does not exist.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data)
+        return _file_source(path, mapping or {"counts": "X"}, cell_keys, constant_keys, genes, open_store(path))
+    if isinstance(data, _mapping_types()):
+        given = cast("Mapping[str, Any]", data)
+        cells = {key: given[key] for key in cell_keys if given.get(key) is not None}
+        constants = {key: given[key] for key in constant_keys if given.get(key) is not None}
+        return ArraySource(cells, constants)
+    if isinstance(data, Source):
+        return data
+    if not hasattr(data, "obs"):
+        msg = f"as_source: got {type(data).__name__}; pass a dict of arrays, an AnnData, or the path of a file"
+        raise DataError(msg)
+    return _anndata_source(cast("AnnData", data), mapping or {"counts": "X"}, cell_keys, constant_keys, genes)
+
+
+def chunks(source: Source, size: int) -> Iterator[Batch]:
+    """Yield all cells in their order, `size` at a time; the last batch is shorter."""
+    for start in range(0, source.n_cells, size):
+        yield source.take(np.arange(start, min(start + size, source.n_cells)))
+
+
+def _mapping_types() -> tuple[type, ...]:
+    from collections.abc import Mapping as AbstractMapping
+
+    return (AbstractMapping,)
+
+
+def _selected(
+    mapping: Mapping[str, str], cell_keys: Collection[str], constant_keys: Collection[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    places = {key: place.strip("/") for key, place in mapping.items()}
+    cells = {key: place for key, place in places.items() if key in cell_keys}
+    constants = {key: place for key, place in places.items() if key in constant_keys}
+    return cells, constants
+
+
+def _lookup(adata: AnnData, key: str, place: str) -> Any:
+    """Return the element of `adata` at `place`."""
+    slot, _, name = place.partition("/")
+    if place == "X":
+        return adata.X
+    if place == "raw/X":
+        if adata.raw is None:
+            msg = f"{key}: mapped to raw/X, but adata.raw is None; pass the place of the counts"
+            raise MissingKeyError(msg)
+        return adata.raw.X
+    if slot not in ("layers", "obsm", "obs", "var", "varm", "uns"):
+        msg = f"{key}: mapped to {place!r}; expected X, raw/X, layers/, obsm/, obs/, var/, varm/ or uns/ and a name"
+        raise DataError(msg)
+    held = getattr(adata, slot)
+    if name not in held:
+        msg = f"{key}: mapped to {place!r}, but adata.{slot} holds {', '.join(map(str, held)) or 'nothing'}"
+        raise MissingKeyError(msg)
+    return held[name]
+
+
+def _column(key: str, column: Any, name: str, categories: dict[str, tuple[str, ...]]) -> NDArray[Any]:
+    """Return an obs column as numbers; names (and every `..._labels`) become codes, noted in `categories`."""
+    import pandas as pd
+
+    series = pd.Series(column)
+    if pd.api.types.is_numeric_dtype(series) and not key.endswith("labels"):
+        return series.to_numpy()
+    codes, names = batch_codes(series.to_frame(name), name)
+    categories[key] = tuple(names)
+    return codes
+
+
+def _per_gene(place: str) -> bool:
+    return place.split("/")[0] in ("X", "layers", "var", "varm")
+
+
+def _anndata_source(
+    adata: AnnData,
+    mapping: Mapping[str, str],
+    cell_keys: Collection[str],
+    constant_keys: Collection[str],
+    genes: NDArray[np.integer] | None,
+) -> Source:
+    if adata.isbacked:
+        if adata.is_view:
+            msg = "AnnData is a view of a file on disk; call .to_memory(), or write the selection to its own file"
+            raise DataError(msg)
+        path = Path(cast("Any", adata.filename))
+        return _file_source(path, mapping, cell_keys, constant_keys, genes, adata.file._file, adata)
+    categories: dict[str, tuple[str, ...]] = {}
+    cell_places, constant_places = _selected(mapping, cell_keys, constant_keys)
+    cells: dict[str, Any] = {}
+    for key, place in cell_places.items():
+        value = _lookup(adata, key, place)
+        if place.startswith("obs/"):
+            value = _column(key, value, place[4:], categories)
+        elif genes is not None and _per_gene(place):
+            value = value[:, genes]
+        cells[key] = value
+    return ArraySource(cells, _constants(adata, constant_places, genes), categories=categories)
+
+
+def _constants(adata: AnnData, places: Mapping[str, str], genes: NDArray[np.integer] | None) -> dict[str, Any]:
+    constants: dict[str, Any] = {}
+    for key, place in places.items():
+        value = np.asarray(_lookup(adata, key, place))
+        constants[key] = value[genes] if genes is not None and _per_gene(place) else value
+    return constants
+
+
+def _file_source(
+    path: Path,
+    mapping: Mapping[str, str],
+    cell_keys: Collection[str],
+    constant_keys: Collection[str],
+    genes: NDArray[np.integer] | None,
+    store: Mapping[str, Any],
+    adata: AnnData | None = None,
+) -> FileSource:
+    """Open the matrices of `mapping` on disk and read its columns into memory.
+
+    Columns come from `adata` when it is given, since the user may have changed them after opening the file.
+    """
+    from anndata import AnnData as InMemory
+    from anndata.io import read_elem
+
+    cell_places, constant_places = _selected(mapping, cell_keys, constant_keys)
+    if adata is None:
+        wanted = {place.split("/")[0] for place in (*cell_places.values(), *constant_places.values())}
+        held = {slot: read_elem(store[slot]) for slot in ("obs", "var", "varm", "uns") if slot in wanted}  # type: ignore[arg-type]
+        adata = InMemory(**held)
+    categories: dict[str, tuple[str, ...]] = {}
+    matrices: dict[str, DiskMatrix] = {}
+    cells: dict[str, Any] = {}
+    for key, place in cell_places.items():
+        if place.startswith("obs/"):
+            cells[key] = _column(key, _lookup(adata, key, place), place[4:], categories)
+        else:
+            subset = genes if _per_gene(place) else None
+            matrices[key] = DiskMatrix(store, place, columns=subset, where=path.name)
+    return FileSource(matrices, cells, _constants(adata, constant_places, genes), categories=categories, store=store)
+
+
+def _checked_sparse(key: str, matrix: Any) -> sparse.csr_array:
+    """Return `matrix` as CSR without duplicates, its indices inside its shape; nothing of the caller's changes."""
+    rows = sparse.csr_array(matrix)
+    rows.check_format(full_check=False)
+    indices = rows.indices
+    if indices.size and (indices.min() < 0 or indices.max() >= rows.shape[1]):
+        msg = f"{key}: sparse matrix holds a column index outside [0, {rows.shape[1]}); build it again"
+        raise DataError(msg)
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    return rows
+
+
+def _in_memory(
+    cells: Mapping[str, Any], constants: Mapping[str, Any], n_cells: int | None = None
+) -> tuple[dict[str, Any], Batch, int]:
+    """Return cells (CSR or numpy), constants (numpy) and the number of cells, all lengths checked."""
+    held: dict[str, Any] = {}
+    for key, value in cells.items():
+        held[key] = _checked_sparse(key, value) if sparse.issparse(value) else np.asarray(value)
+        batch_dtype(key, held[key].dtype)
+        if held[key].ndim == 0:
+            msg = f"{key}: is a single number, but one entry per cell is needed"
+            raise DataError(msg)
+    lengths = {key: int(value.shape[0]) for key, value in held.items()}
+    if n_cells is not None:
+        lengths = {"the file": n_cells, **lengths}
+    if len(set(lengths.values())) != 1:
+        msg = "no array with a cell axis was given; pass counts or embeddings"
+        if lengths:
+            listed = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            msg = f"arrays disagree on the number of cells: {listed}; give every key the same cells"
+        raise DataError(msg)
+    ready: Batch = {}
+    for key, value in constants.items():
+        array = value.toarray() if sparse.issparse(value) else np.asarray(value)
+        ready[key] = array.astype(batch_dtype(key, array.dtype), copy=False)
+    return held, ready, next(iter(lengths.values()))
+
+
+def _rows_of(key: str, value: Any, rows: NDArray[np.integer]) -> NDArray[Any]:
+    """Return `value[rows]` dense, in the dtype of a batch."""
+    dtype = batch_dtype(key, value.dtype)
+    if isinstance(value, sparse.csr_array):
+        return cast("NDArray[Any]", value[rows].astype(dtype, copy=False).toarray())
+    return cast("NDArray[Any]", value[rows].astype(dtype, copy=False))
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, sparse.csr_array):
+        return int(value.data.nbytes + value.indices.nbytes + value.indptr.nbytes)
+    return int(value.nbytes)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Cells that can be taken a batch at a time.
+
+    `take(rows)` gives a dict of arrays: cell keys with `len(rows)` rows in that order, matrices dense float32,
+    labels int32; constant keys whole. `order(rng, rows)` gives those rows in a random order that is cheap to
+    read: take it part after part. `categories` holds the names behind the codes of an encoded column.
+    """
+
+    n_cells: int
+    keys: tuple[str, ...]
+    categories: dict[str, tuple[str, ...]]
+
+    @property
+    def nbytes_in_memory(self) -> int:
+        """Bytes of memory held."""
+        ...
+
+    def take(self, rows: NDArray[np.integer]) -> Batch:
+        """Return the cells `rows` as a dict of arrays."""
+        ...
+
+    def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return `rows` in a random order."""
+        ...
+
+
+class ArraySource:
+    """Cells in memory.
+
+    Parameters
+    ----------
+    cells
+        key -> array or scipy sparse matrix whose first axis is cells. A CSR matrix or numpy array is not
+        copied and never changed; other sparse layouts are converted to CSR once.
+    constants
+        key -> array without a cell axis, part of every batch.
+    categories
+        key -> names behind integer codes.
+    """
+
+    def __init__(
+        self,
+        cells: Mapping[str, Any],
+        constants: Mapping[str, Any] | None = None,
+        *,
+        categories: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self._cells, self._constants, self.n_cells = _in_memory(cells, constants or {})
+        self.keys = (*self._cells, *self._constants)
+        self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
+
+    @property
+    def nbytes_in_memory(self) -> int:
+        """Bytes of all arrays held."""
+        return sum(map(_nbytes, (*self._cells.values(), *self._constants.values())))
+
+    def take(self, rows: NDArray[np.integer]) -> Batch:
+        """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
+        return {key: _rows_of(key, value, rows) for key, value in self._cells.items()} | self._constants
+
+    def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return a random permutation of `rows`."""
+        return rng.permutation(rows)
+
+
+class FileSource:
+    """Cells whose matrices stay on disk; memory held does not grow with the file, row pointers aside.
+
+    A random order is a block shuffle: blocks of `block_rows` neighbouring rows are put in random order,
+    `group_rows` rows' worth of blocks at a time are mixed row by row. Taking that order part by part reads
+    each block once, and two groups of blocks are kept in memory. Safe to call from several threads.
+
+    Parameters
+    ----------
+    matrices
+        key -> open `DiskMatrix`.
+    cells, constants, categories
+        As for `ArraySource`; held in memory.
+    block_rows
+        Rows read at once; raised to the rows of one compressed chunk of the file. At most 1024.
+    group_rows
+        Rows mixed at once.
+    store
+        What to close in `close()`.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, DiskMatrix],
+        cells: Mapping[str, Any] | None = None,
+        constants: Mapping[str, Any] | None = None,
+        *,
+        categories: Mapping[str, Sequence[str]] | None = None,
+        block_rows: int = BLOCK_ROWS,
+        group_rows: int = GROUP_ROWS,
+        store: Any = None,
+    ) -> None:
+        self._matrices = dict(matrices)
+        lengths = {matrix.shape[0] for matrix in self._matrices.values()}
+        if len(lengths) > 1:
+            listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self._matrices.items())
+            msg = f"matrices of the file disagree on the number of cells: {listed}; write the file again"
+            raise DataError(msg)
+        self._cells, self._constants, self.n_cells = _in_memory(cells or {}, constants or {}, next(iter(lengths), None))
+        self.keys = (*self._matrices, *self._cells, *self._constants)
+        self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
+        per_chunk = max((matrix.rows_per_chunk() for matrix in self._matrices.values()), default=1)
+        self.block_rows = min(max(block_rows, per_chunk), 1024)
+        self.blocks_per_group = max(1, group_rows // self.block_rows)
+        self._store = store
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[int, dict[str, Rows | NDArray[Any]]] = OrderedDict()
+        self.n_block_reads = 0
+
+    @property
+    def nbytes_in_memory(self) -> int:
+        """Bytes of row pointers, columns and the blocks held now."""
+        held = sum(map(_nbytes, (*self._cells.values(), *self._constants.values())))
+        held += sum(matrix.nbytes_in_memory for matrix in self._matrices.values())
+        return held + sum(int(part.nbytes) for block in self._blocks.values() for part in block.values())
+
+    def take(self, rows: NDArray[np.integer]) -> Batch:
+        """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
+        rows = np.asarray(rows)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.n_cells):
+            msg = f"take: rows must lie in [0, {self.n_cells}), got {rows.min()} to {rows.max()}"
+            raise IndexError(msg)
+        batch: Batch = {}
+        with self._lock:
+            if self._matrices:
+                self._load(np.unique(rows // self.block_rows))
+            for key, matrix in self._matrices.items():
+                batch[key] = self._gather(key, matrix, rows)
+            self._evict()
+        batch |= {key: _rows_of(key, value, rows) for key, value in self._cells.items()}
+        return batch | self._constants
+
+    def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return `rows` block-shuffled."""
+        rows = np.asarray(rows)
+        block = rows // self.block_rows
+        n_blocks = -(-self.n_cells // self.block_rows)
+        group = rng.permutation(n_blocks)[block] // self.blocks_per_group
+        return cast("NDArray[np.integer]", rows[np.lexsort((rng.random(len(rows)), group))])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._blocks.clear()
+        if hasattr(self._store, "close"):
+            self._store.close()
+
+    def _load(self, wanted: NDArray[np.integer]) -> None:
+        """Bring the blocks `wanted` (sorted) into memory; neighbours are read together."""
+        missing = [int(block) for block in wanted if block not in self._blocks]
+        for block in wanted.tolist():
+            if block in self._blocks:
+                self._blocks.move_to_end(block)
+        for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if missing else []:
+            first, last = int(run[0]), int(run[-1]) + 1
+            start, stop = first * self.block_rows, min(last * self.block_rows, self.n_cells)
+            read = {key: matrix.read(start, stop) for key, matrix in self._matrices.items()}
+            for block in range(first, last):
+                low = block * self.block_rows - start
+                high = min(low + self.block_rows, stop - start)
+                self._blocks[block] = {key: _part(value, low, high) for key, value in read.items()}
+                self.n_block_reads += 1
+
+    def _gather(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer]) -> NDArray[Any]:
+        blocks, offsets = np.divmod(rows, self.block_rows)
+        if matrix.encoding == "dense":
+            dtype = batch_dtype(key, matrix.dtype)
+            out = np.empty((len(rows), matrix.shape[1]), dtype)
+            for i, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
+                out[i] = cast("NDArray[Any]", self._blocks[block][key])[offset]
+            return out
+        out = np.zeros((len(rows), matrix.shape[1]), np.float32)
+        for row, block, offset in zip(out, blocks.tolist(), offsets.tolist(), strict=True):
+            starts, columns, values = cast("Rows", self._blocks[block][key])
+            low, high = starts[offset], starts[offset + 1]
+            row[columns[low:high]] = values[low:high]
+        return out
+
+    def _evict(self) -> None:
+        """Forget the blocks used longest ago; two groups stay, since a batch may straddle two."""
+        while len(self._blocks) > 2 * self.blocks_per_group:
+            self._blocks.popitem(last=False)
+
+
+def _part(value: Rows | NDArray[Any], low: int, high: int) -> Rows | NDArray[Any]:
+    """Copy rows [low, high), so that the larger array read with them can be freed."""
+    if isinstance(value, Rows):
+        first, last = value.starts[low], value.starts[high]
+        return Rows(
+            value.starts[low : high + 1] - first, value.columns[first:last].copy(), value.values[first:last].copy()
+        )
+    return value[low:high].copy()

@@ -1,0 +1,1 @@
+"""Operators of the single-cell workflow."""

@@ -1,0 +1,285 @@
+"""What every operator promises, as functions of one operator and its data.
+
+`test_operator_contract.py` runs them on every registered operator; `test_mutants.py` runs them on operators
+broken on purpose, to show that each check can fail.
+"""
+
+import dataclasses
+import inspect
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from diffbio.errors import ConfigError, DataError
+from diffbio.operators.base import Operator, axes, is_float, mode_of
+
+GRAD_RTOL = 1e-4  # the bar for finite differences in float64
+
+
+def run(op, data):
+    return op.apply(data, {}, None)[0]
+
+
+def smooth(out, op):
+    return {k: out[k] for k in op.smooth_out if jnp.issubdtype(out[k].dtype, jnp.floating)}
+
+
+def in_float64(tree):
+    def widen(x):
+        return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(widen, tree)
+
+
+def float64_copy(op):
+    graphdef, state = nnx.split(op)
+    return nnx.merge(graphdef, in_float64(state))
+
+
+def declared_outputs(op, data):
+    out, state, _ = op.apply(data | {"untouched": 1}, {"a": 1}, None)
+    assert state == {"a": 1}
+    assert set(out) == set(data) | {"untouched"} | set(op.provides)
+    sizes = dict(op._fixed_axes())
+    for key, wanted in (op.requires | op.provides).items():
+        if key not in out:
+            assert key in op.optional, key
+            continue
+        assert out[key].ndim == len(axes(wanted)), key
+        assert out[key].dtype.name in wanted.dtypes, key
+        for axis, size in zip(axes(wanted), out[key].shape, strict=True):
+            assert sizes.setdefault(axis, size) == size, (key, axis)
+
+
+def jit_equals_eager(op, data):
+    traces = []
+    jitted = jax.jit(lambda d: (traces.append(0), run(op, d))[1])
+    jitted(data)
+    eager = run(op, data)
+    for key, value in jitted(data).items():
+        np.testing.assert_allclose(value, eager[key], rtol=2e-4, atol=2e-5, err_msg=key)
+    assert len(traces) == 1, "compiled more than once for one shape"
+
+
+def gradient_equals_finite_differences(op, data):
+    with jax.enable_x64(True):
+        op, data = float64_copy(op), in_float64(data)
+        for key in op.smooth_in:
+            if key in data:
+                check_grads(
+                    lambda x, key=key: smooth(run(op, data | {key: x}), op),
+                    (data[key],), order=1, modes=["rev"], rtol=GRAD_RTOL, atol=1e-6,
+                )
+        graphdef, params, rest = nnx.split(op, nnx.Param, ...)
+        if not jax.tree.leaves(params):
+            return
+
+        def outputs(p):
+            return smooth(run(nnx.merge(graphdef, p, rest, copy=True), data), op)
+
+        check_grads(outputs, (params,), order=1, modes=["rev"], rtol=GRAD_RTOL, atol=1e-6)
+        if hasattr(op, "objective"):
+            def loss(p):
+                return nnx.merge(graphdef, p, rest, copy=True).objective(data)[0]
+
+            check_grads(loss, (params,), order=1, modes=["rev"], rtol=GRAD_RTOL, atol=1e-6)
+
+
+def every_parameter_receives_a_gradient(op, data):
+    graphdef, params, rest = nnx.split(op, nnx.Param, ...)
+    if not jax.tree.leaves(params):
+        return
+    assert hasattr(op, "objective"), "it has parameters, so it needs an objective"
+
+    def total(p):
+        model = nnx.merge(graphdef, p, rest, copy=True)
+        out = smooth(run(model, data), op)
+        keys = jax.random.split(jax.random.key(7), len(out))
+        weighted = sum((jax.random.normal(k, v.shape) * v).sum() for k, v in zip(keys, out.values(), strict=True))
+        return weighted + model.objective(data)[0]
+
+    for path, g in nnx.to_flat_state(jax.grad(total)(params)):
+        assert jnp.isfinite(g[...]).all(), path
+        assert jnp.abs(g[...]).max() > 0, f"no gradient reaches {path}"
+
+
+def an_input_gradient_is_useful(op, data):
+    """Following the gradient of the outputs' spread by Adam changes it: no path is cut."""
+    for key in op.smooth_in:
+        if key not in data:
+            continue
+        grad = jax.grad(lambda x, key=key: sum((v**2).sum() for v in smooth(run(op, data | {key: x}), op).values()))
+        g = grad(data[key])
+        assert jnp.isfinite(g).all(), key
+        assert jnp.abs(g).max() > 0, f"no gradient reaches data[{key!r}]"
+
+
+def cells_may_come_in_any_order(op, data):
+    def shuffle(tree, hints):
+        return {
+            k: jnp.roll(v, 1, axes(hints[k]).index("cells")) if k in hints and "cells" in axes(hints[k]) else v
+            for k, v in tree.items()
+        }
+
+    a = shuffle(run(op, data), op.requires | op.provides)
+    b = run(op, shuffle(data, op.requires))
+    for k in op.provides:
+        np.testing.assert_allclose(a[k], b[k], rtol=1e-3, atol=1e-4, err_msg=k)
+
+
+def bad_input_is_named(op, data):
+    for key, wanted in op.requires.items():
+        if key not in data:
+            continue
+        if key not in op.optional:
+            with pytest.raises(DataError, match=re.escape(repr(key))):
+                run(op, {k: v for k, v in data.items() if k != key})
+        with pytest.raises(DataError, match=f"{key}.*must be"):
+            run(op, data | {key: data[key][None]})
+        for i, axis in enumerate(axes(wanted)):
+            if axis in op._fixed_axes():
+                with pytest.raises(DataError, match=axis):
+                    run(op, data | {key: jnp.concatenate([data[key]] * 2, axis=i)})
+    float_keys = [k for k in op.requires if k in data and is_float(op.requires[k])]
+    for key in float_keys:
+        with pytest.raises(DataError, match=f"{key}.*must be"):
+            run(op, data | {key: np.array(["text"])})
+
+
+def degenerate_data_is_finite_or_refused(op, data, hard):
+    def degrade(key, x):
+        if key not in op.requires or "cells" not in axes(op.requires[key]):
+            return x
+        i = axes(op.requires[key]).index("cells")
+        if hard == "zeros":
+            return x * 0
+        if hard == "one cell":
+            return jnp.take(x, jnp.arange(1), i)
+        return jnp.take(x, jnp.zeros(x.shape[i], int), i)
+
+    data = {k: degrade(k, v) for k, v in data.items()}
+    try:
+        run(op, data)
+    except DataError:
+        return
+    for key in op.smooth_in:
+        if key not in data:
+            continue
+        value, grad = jax.value_and_grad(
+            lambda x, key=key: sum(v.sum() for v in smooth(run(op, data | {key: x}), op).values())
+        )(data[key])
+        assert jnp.isfinite(value), key
+        assert jnp.isfinite(grad).all(), key
+
+
+def dtype_follows_the_input(op, data):
+    for key, value in run(op, data).items():
+        if key in op.provides and is_float(op.provides[key]):
+            assert value.dtype == jnp.float32, key
+
+
+def eval_mode_repeats_itself(op, data):
+    assert not op.training, "a fresh operator is in eval mode"
+    first, second = run(op, data), run(op, data)
+    for key in op.provides:
+        np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+    with mode_of(op, training=True):
+        assert all(part.training for part in [op])
+        run(op, data)
+    third = run(op, data)
+    for key in op.provides:
+        np.testing.assert_allclose(first[key], third[key], rtol=0.2, atol=0.2, err_msg=key)
+
+
+def save_and_load_round_trip(op, data):
+    with tempfile.TemporaryDirectory() as folder:
+        op.save(Path(folder) / "model")
+        again = Operator.load(Path(folder) / "model")
+    assert type(again) is type(op)
+    assert again.config == op.config
+    assert again.fitted == op.fitted
+    before, after = run(op, data), run(again, data)
+    for key in op.provides:
+        np.testing.assert_array_equal(after[key], before[key], err_msg=key)
+
+
+def unfitted_outputs_are_marked(op, data):
+    has_weights = bool(jax.tree.leaves(nnx.state(op, nnx.Param)))
+    assert op.fitted is not has_weights, "fresh weights are unfitted; without weights there is nothing to fit"
+    _, _, metadata = jax.jit(lambda d: op.apply(d, {}, None))(data)
+    if has_weights:
+        assert set(metadata["unfitted"]) == set(op.provides)
+        op.mark_fitted()
+    assert op.apply(data, {}, None)[2] is None
+
+
+def training_lowers_the_objective(op, data):
+    if not hasattr(op, "objective") or not jax.tree.leaves(nnx.state(op, nnx.Param)):
+        return
+    graphdef, params, rest = nnx.split(op, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(p):
+            return nnx.merge(graphdef, p, rest, copy=True).objective(data)[0]
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    optimizer = optax.adam(3e-3)
+    opt_state, values = optimizer.init(params), []
+    for _ in range(30):
+        params, opt_state, value = step(params, opt_state)
+        values.append(float(value))
+    assert np.isfinite(values).all()
+    assert min(values[-5:]) < values[0]
+
+
+def settings_are_live_and_documented(cls):
+    config = cls.config_class()
+    modules = [inspect.getmodule(c) for c in cls.__mro__ if issubclass(c, Operator)]
+    source = "".join(inspect.getsource(m) for m in modules if m is not None)
+    sizes = {f"n_{a}" for h in (cls.requires | cls.provides).values() for a in axes(h)}
+    for f in dataclasses.fields(config):
+        assert f"config.{f.name}" in source or f.name in sizes, f"{f.name} is a dead knob"
+        assert f"{f.name}:" in (config.__doc__ or ""), f"{f.name} is undocumented"
+        assert f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING, f.name
+        if "check" in f.metadata and isinstance(f.default, int | float):
+            with pytest.raises(ConfigError, match=f.name):
+                config(**{f.name: -1})
+    with pytest.raises(ConfigError):
+        config(**{dataclasses.fields(config)[0].name: "nonsense"})
+    assert hash(config()) == hash(config())
+
+
+def says_what_it_does(cls):
+    assert cls.smooth_in or (cls.rough_in and all(cls.rough_in.values())), "no gradient, and no reason given"
+    assert cls.__doc__
+    assert len(cls.__doc__.splitlines()[0]) <= 110
+
+
+ON_CASES = [
+    declared_outputs,
+    jit_equals_eager,
+    gradient_equals_finite_differences,
+    every_parameter_receives_a_gradient,
+    an_input_gradient_is_useful,
+    cells_may_come_in_any_order,
+    bad_input_is_named,
+    dtype_follows_the_input,
+    eval_mode_repeats_itself,
+    save_and_load_round_trip,
+    unfitted_outputs_are_marked,
+    training_lowers_the_objective,
+]
+ON_CLASSES = [settings_are_live_and_documented, says_what_it_does]
+DEGENERATE = ["zeros", "duplicates", "one cell"]

@@ -33,10 +33,10 @@ def open_store(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         import zarr
 
-        return zarr.open_group(str(path), mode="r")  # type: ignore[return-value]
+        return cast("Mapping[str, Any]", zarr.open_group(str(path), mode="r"))
     import h5py
 
-    return h5py.File(path, "r")  # type: ignore[return-value]
+    return cast("Mapping[str, Any]", h5py.File(path, "r"))
 
 
 def encoding(element: Any) -> str:
@@ -103,7 +103,9 @@ def without_duplicates(rows: Rows) -> Rows:
     from scipy.sparse import csr_array
 
     n_columns = int(rows.columns.max()) + 1
-    matrix = csr_array((rows.values, rows.columns, rows.starts), shape=(len(rows.starts) - 1, n_columns), copy=True)
+    matrix = csr_array(
+        (rows.values, rows.columns, rows.starts), shape=(len(rows.starts) - 1, n_columns), copy=True
+    )
     matrix.sum_duplicates()
     return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
 
@@ -125,10 +127,15 @@ class DiskMatrix:
     """
 
     def __init__(
-        self, store: Mapping[str, Any], key: str, *, columns: NDArray[np.integer] | None = None, where: str = "file"
+        self,
+        store: Mapping[str, Any],
+        key: str,
+        *,
+        columns: NDArray[np.integer] | None = None,
+        where: str = "file",
     ) -> None:
         if key not in store:
-            msg = f"{key}: not in {where}, which holds {', '.join(sorted(store))}; pass the name of a stored matrix"
+            msg = f"{key}: not in {where}, which holds {', '.join(sorted(store))}; name a stored matrix"
             raise MissingKeyError(msg)
         element = store[key]
         self.key = key

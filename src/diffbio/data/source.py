@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -15,7 +16,7 @@ from diffbio.data.validate import batch_codes
 from diffbio.errors import DataError, MissingKeyError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def batch_dtype(key: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
         return np.dtype(np.int32)
     if np.issubdtype(dtype, np.number):
         return np.dtype(np.float32)
-    msg = f"{key}: has dtype {dtype}, which is no number; encode names as integers first (diffbio.data.batch_codes)"
+    msg = f"{key}: dtype {dtype} is no number; encode names as integers first (diffbio.data.batch_codes)"
     raise DataError(msg)
 
 
@@ -73,30 +74,27 @@ def as_source(
     """
     if isinstance(data, str | Path):
         path = Path(data)
-        return _file_source(path, mapping or {"counts": "X"}, cell_keys, constant_keys, genes, open_store(path))
-    if isinstance(data, _mapping_types()):
-        given = cast("Mapping[str, Any]", data)
-        cells = {key: given[key] for key in cell_keys if given.get(key) is not None}
-        constants = {key: given[key] for key in constant_keys if given.get(key) is not None}
+        return _file_source(
+            path, mapping or {"counts": "X"}, cell_keys, constant_keys, genes, open_store(path)
+        )
+    if isinstance(data, Mapping):
+        cells = {key: data[key] for key in cell_keys if data.get(key) is not None}
+        constants = {key: data[key] for key in constant_keys if data.get(key) is not None}
         return ArraySource(cells, constants)
     if isinstance(data, Source):
         return data
     if not hasattr(data, "obs"):
-        msg = f"as_source: got {type(data).__name__}; pass a dict of arrays, an AnnData, or the path of a file"
+        msg = (
+            f"as_source: got {type(data).__name__}; pass a dict of arrays, an AnnData, or the path of a file"
+        )
         raise DataError(msg)
-    return _anndata_source(cast("AnnData", data), mapping or {"counts": "X"}, cell_keys, constant_keys, genes)
+    return _anndata_source(data, mapping or {"counts": "X"}, cell_keys, constant_keys, genes)
 
 
 def chunks(source: Source, size: int) -> Iterator[Batch]:
     """Yield all cells in their order, `size` at a time; the last batch is shorter."""
     for start in range(0, source.n_cells, size):
         yield source.take(np.arange(start, min(start + size, source.n_cells)))
-
-
-def _mapping_types() -> tuple[type, ...]:
-    from collections.abc import Mapping as AbstractMapping
-
-    return (AbstractMapping,)
 
 
 def _selected(
@@ -119,7 +117,7 @@ def _lookup(adata: AnnData, key: str, place: str) -> Any:
             raise MissingKeyError(msg)
         return adata.raw.X
     if slot not in ("layers", "obsm", "obs", "var", "varm", "uns"):
-        msg = f"{key}: mapped to {place!r}; expected X, raw/X, layers/, obsm/, obs/, var/, varm/ or uns/ and a name"
+        msg = f"{key}: mapped to {place!r}; expected X, raw/X, or a name in layers, obsm, obs, var, varm, uns"
         raise DataError(msg)
     held = getattr(adata, slot)
     if name not in held:
@@ -153,7 +151,7 @@ def _anndata_source(
 ) -> Source:
     if adata.isbacked:
         if adata.is_view:
-            msg = "AnnData is a view of a file on disk; call .to_memory(), or write the selection to its own file"
+            msg = "AnnData is a view of a file on disk; call .to_memory(), or write the selection to a file"
             raise DataError(msg)
         path = Path(cast("Any", adata.filename))
         return _file_source(path, mapping, cell_keys, constant_keys, genes, adata.file._file, adata)
@@ -170,7 +168,9 @@ def _anndata_source(
     return ArraySource(cells, _constants(adata, constant_places, genes), categories=categories)
 
 
-def _constants(adata: AnnData, places: Mapping[str, str], genes: NDArray[np.integer] | None) -> dict[str, Any]:
+def _constants(
+    adata: AnnData, places: Mapping[str, str], genes: NDArray[np.integer] | None
+) -> dict[str, Any]:
     constants: dict[str, Any] = {}
     for key, place in places.items():
         value = np.asarray(_lookup(adata, key, place))
@@ -197,8 +197,8 @@ def _file_source(
     cell_places, constant_places = _selected(mapping, cell_keys, constant_keys)
     if adata is None:
         wanted = {place.split("/")[0] for place in (*cell_places.values(), *constant_places.values())}
-        held = {slot: read_elem(store[slot]) for slot in ("obs", "var", "varm", "uns") if slot in wanted}  # type: ignore[arg-type]
-        adata = InMemory(**held)
+        slots = [slot for slot in ("obs", "var", "varm", "uns") if slot in wanted and slot in store]
+        adata = InMemory(**{slot: cast("Any", read_elem(store[slot])) for slot in slots})
     categories: dict[str, tuple[str, ...]] = {}
     matrices: dict[str, DiskMatrix] = {}
     cells: dict[str, Any] = {}
@@ -208,11 +208,13 @@ def _file_source(
         else:
             subset = genes if _per_gene(place) else None
             matrices[key] = DiskMatrix(store, place, columns=subset, where=path.name)
-    return FileSource(matrices, cells, _constants(adata, constant_places, genes), categories=categories, store=store)
+    return FileSource(
+        matrices, cells, _constants(adata, constant_places, genes), categories=categories, store=store
+    )
 
 
 def _checked_sparse(key: str, matrix: Any) -> sparse.csr_array:
-    """Return `matrix` as CSR without duplicates, its indices inside its shape; nothing of the caller's changes."""
+    """Return `matrix` as CSR without duplicates, its indices checked; the caller's matrix does not change."""
     rows = sparse.csr_array(matrix)
     rows.check_format(full_check=False)
     indices = rows.indices
@@ -247,7 +249,7 @@ def _in_memory(
         raise DataError(msg)
     ready: Batch = {}
     for key, value in constants.items():
-        array = value.toarray() if sparse.issparse(value) else np.asarray(value)
+        array = cast("Any", value).toarray() if sparse.issparse(value) else np.asarray(value)
         ready[key] = array.astype(batch_dtype(key, array.dtype), copy=False)
     return held, ready, next(iter(lengths.values()))
 
@@ -270,9 +272,9 @@ def _nbytes(value: Any) -> int:
 class Source(Protocol):
     """Cells that can be taken a batch at a time.
 
-    `take(rows)` gives a dict of arrays: cell keys with `len(rows)` rows in that order, matrices dense float32,
-    labels int32; constant keys whole. `order(rng, rows)` gives those rows in a random order that is cheap to
-    read: take it part after part. `categories` holds the names behind the codes of an encoded column.
+    `take(rows)` gives a dict of arrays: cell keys with `len(rows)` rows in that order, matrices dense
+    float32, labels int32; constant keys whole. `order(rng, rows)` gives those rows in a random order that is
+    cheap to read: take it part after part. `categories` holds the names behind the codes of a column.
     """
 
     n_cells: int
@@ -370,7 +372,9 @@ class FileSource:
             listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self._matrices.items())
             msg = f"matrices of the file disagree on the number of cells: {listed}; write the file again"
             raise DataError(msg)
-        self._cells, self._constants, self.n_cells = _in_memory(cells or {}, constants or {}, next(iter(lengths), None))
+        self._cells, self._constants, self.n_cells = _in_memory(
+            cells or {}, constants or {}, next(iter(lengths), None)
+        )
         self.keys = (*self._matrices, *self._cells, *self._constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
         per_chunk = max((matrix.rows_per_chunk() for matrix in self._matrices.values()), default=1)
@@ -410,7 +414,7 @@ class FileSource:
         block = rows // self.block_rows
         n_blocks = -(-self.n_cells // self.block_rows)
         group = rng.permutation(n_blocks)[block] // self.blocks_per_group
-        return cast("NDArray[np.integer]", rows[np.lexsort((rng.random(len(rows)), group))])
+        return rows[np.lexsort((rng.random(len(rows)), group))]
 
     def close(self) -> None:
         """Close the file."""
@@ -460,6 +464,8 @@ def _part(value: Rows | NDArray[Any], low: int, high: int) -> Rows | NDArray[Any
     if isinstance(value, Rows):
         first, last = value.starts[low], value.starts[high]
         return Rows(
-            value.starts[low : high + 1] - first, value.columns[first:last].copy(), value.values[first:last].copy()
+            value.starts[low : high + 1] - first,
+            value.columns[first:last].copy(),
+            value.values[first:last].copy(),
         )
     return value[low:high].copy()

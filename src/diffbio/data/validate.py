@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def _warn(message: str) -> None:
+    warnings.warn(message, DataWarning, stacklevel=3)
+
+
 def batch_codes(obs: pd.DataFrame, key: str) -> tuple[NDArray[np.int32], list[str]]:
     """Encode a column of `obs` as integers.
 
@@ -45,7 +49,7 @@ def batch_codes(obs: pd.DataFrame, key: str) -> tuple[NDArray[np.int32], list[st
         raise DataError(msg)
     names = [str(name) for name in column.categories]
     if len(names) == 1:
-        warnings.warn(f"obs[{key!r}] holds one value, {names[0]!r}: nothing to correct", DataWarning, stacklevel=2)
+        _warn(f"obs[{key!r}] holds one value, {names[0]!r}: nothing to correct")
     elif len(names) == len(obs) > 1:
-        warnings.warn(f"obs[{key!r}]: every cell has its own value; is it a batch?", DataWarning, stacklevel=2)
+        _warn(f"obs[{key!r}]: every cell has its own value; is it a batch?")
     return column.codes.astype(np.int32), names

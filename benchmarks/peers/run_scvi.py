@@ -16,7 +16,6 @@ import time
 import warnings
 
 import numpy as np
-
 from benchmarks.quality.integration_data import (
     DATASETS,
     RESULTS,
@@ -49,10 +48,7 @@ def train(data: IntegrationData, seed: int, max_epochs: int | None) -> dict[str,
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     held_out = model.validation_indices
     elbo = [float(model.get_elbo(indices=held_out)) for _ in range(5)]
-    error = [
-        float(model.get_reconstruction_error(indices=held_out)["reconstruction_loss"])
-        for _ in range(5)
-    ]
+    error = [float(model.get_reconstruction_error(indices=held_out)["reconstruction_loss"]) for _ in range(5)]
     latent = model.get_latent_representation()
     save_embedding(data, "scvi", seed, embedding=latent, held_out=np.asarray(held_out))
     return {

@@ -86,9 +86,7 @@ def prepare(name: str) -> IntegrationData:
     sc.pp.filter_genes(adata, min_cells=MIN_CELLS)
     adata.obs["batch"] = adata.obs["batch"].astype(str).astype("category")
     if adata.n_vars > N_TOP_GENES:
-        sc.pp.highly_variable_genes(
-            adata, n_top_genes=N_TOP_GENES, flavor="seurat_v3", batch_key="batch"
-        )
+        sc.pp.highly_variable_genes(adata, n_top_genes=N_TOP_GENES, flavor="seurat_v3", batch_key="batch")
         adata = adata[:, adata.var["highly_variable"].to_numpy()].copy()
     counts = sp.csr_matrix(adata.X, dtype=np.float32)
     counts.sort_indices()
@@ -115,9 +113,7 @@ def load(name: str) -> IntegrationData:
     if not path.exists():
         _save(prepare(name), path)
     with np.load(path) as file:
-        counts = sp.csr_matrix(
-            (file["data"], file["indices"], file["indptr"]), shape=tuple(file["shape"])
-        )
+        counts = sp.csr_matrix((file["data"], file["indices"], file["indptr"]), shape=tuple(file["shape"]))
         fields = ("batch", "batch_names", "cell_type", "cell_type_names", "genes")
         return IntegrationData(name=name, counts=counts, **{key: file[key] for key in fields})
 

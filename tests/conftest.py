@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-# The cache is the user's; tests neither read nor write it.
-os.environ.setdefault("DIFFBIO_COMPILATION_CACHE", "off")
+# Many tests compile the same small programs; the user's own cache stays untouched.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 

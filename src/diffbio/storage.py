@@ -38,7 +38,7 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
     if path.is_symlink() or (path.exists() and not (path / HEADER).is_file()):
         msg = f"save: {path} exists and is not a diffbio model folder; choose another path."
         raise OutputError(msg)
-    weights = save_tensors({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
     text = json.dumps({"format_version": FORMAT_VERSION, "sha256": digest, **header}, indent=1)
     scratch = None

@@ -1,0 +1,104 @@
+"""`diffbio.fit`: data as a user has it, into the training loop."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optax
+
+from .data.source import Source, as_source
+from .errors import ConfigError
+from .history import History
+from .operators.base import Operator, axes
+from .train import Schedule, Settings, train
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def fit(
+    model: Operator,
+    data: "Mapping[str, Any] | AnnData | str | Path | Source",
+    *,
+    keys: Mapping[str, str] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> History:
+    """Trains an operator, a pipeline or a model on `data`; afterwards it is fitted and in eval mode.
+
+    A start from data (`init_from`) comes first, then minibatches of `objective` with early stopping. What a
+    method prefers (`fit_defaults`) holds unless `settings` say otherwise: `max_epochs`, `batch_size`,
+    `learning_rate`, `validation`, `patience`, `min_delta`, `clip_norm`, `seed` (see `diffbio.train.Settings`).
+
+    Args:
+        model: changed in place.
+        data: a dict of arrays (counts dense or scipy sparse), an AnnData, or a .h5ad/.zarr path that stays on
+            disk; `keys` says where an AnnData or file holds each key: {"batch_labels": "obs/batch"}.
+        keys: key -> place, as above; counts are "X" unless named.
+        optimizer: any optax optimizer instead of Adam.
+        schedules: keyword of the objective -> function of the epoch, such as a KL warm-up.
+        checkpoint: folder to save to every half minute and when SIGINT or SIGTERM comes.
+        resume: goes on from `checkpoint` if it exists, bit-identical to a run that was never stopped.
+        progress: a bar on a terminal, a line per epoch elsewhere.
+        settings: see above.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        DataError: the data does not fit the model.
+        TrainingDivergedError: loss or gradient stayed NaN or infinite.
+        TrainingInterrupted: a signal came; the checkpoint is saved.
+    """
+    known = set(Settings.__dataclass_fields__)
+    if unknown := set(settings) - known:
+        msg = f"fit: unknown setting {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}."
+        raise ConfigError(msg)
+    source = source_for(model, data, keys)
+    if hasattr(model, "fit_stages"):
+        history: History = model.fit_stages(
+            source, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
+            progress=progress, settings=settings,
+        )
+        model.mark_fitted()
+        return history
+    chosen = Settings(**{**model.fit_defaults, **settings})
+    model.eval_mode()
+    resume = resume and checkpoint is not None and Path(checkpoint).exists()
+    if hasattr(model, "init_from") and not resume:
+        model.init_from(gathered(source, model.init_cells, seed=chosen.seed))
+    if not hasattr(model, "objective"):
+        model.mark_fitted()
+        return History([])
+    sampler = model.sampler(gathered(source, None)) if hasattr(model, "sampler") else None
+    history = train(
+        model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume,
+        schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
+    )
+    model.mark_fitted()
+    return history
+
+
+def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None) -> Source:
+    """`data` as a `Source` of what `model` reads.
+
+    Raises:
+        MissingKeyError: a required key is absent.
+        DataError: it has another kind or size than the model declares.
+    """
+    per_cell = {key for key, hint in model.requires.items() if "cells" in axes(hint)}
+    places = {"counts": "X", **keys} if keys is not None else None
+    source = as_source(data, cell_keys=per_cell, constant_keys=set(model.requires) - per_cell, mapping=places)
+    model._inputs(dict(source.take(np.arange(min(source.n_cells, 2)))))  # complain before training does
+    return source
+
+
+def gathered(source: Source, n_cells: int | None, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """All cells, or a random `n_cells` of them, as host arrays."""
+    rows = np.arange(source.n_cells)
+    if n_cells is not None and n_cells < source.n_cells:
+        rows = np.sort(np.random.default_rng(seed).choice(source.n_cells, n_cells, replace=False))
+    return {key: np.asarray(value) for key, value in source.take(rows).items()}

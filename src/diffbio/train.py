@@ -1,0 +1,466 @@
+"""One training loop for operators, pipelines and models: knows no model and no AnnData."""
+
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from . import storage
+from .errors import ConfigError, ModelFileError, TrainingDivergedError, TrainingInterrupted
+from .history import History, Progress
+
+Batch = Mapping[str, Any]
+Schedule = Callable[[Any], Any]
+
+CHECKPOINT_SECONDS = 30.0  # a kill -9 loses at most this much work
+STEPS_AHEAD = 16  # batches the host may prepare before it waits for the device: bounds memory
+
+
+class Source(Protocol):
+    """Where batches come from: `take` gives the named cells, `order` a shuffle that is cheap to read."""
+
+    n_cells: int
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The cells `rows`, in that order, as arrays (or `SparseRows`, made dense on the device)."""
+        ...
+
+    def order(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+        """`rows` shuffled."""
+        ...
+
+
+class Sampler(Protocol):
+    """Decides which rows make up each minibatch, where a permutation of cells will not do (UMAP's edges)."""
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers of one epoch: int (steps, batch_size)."""
+        ...
+
+
+class Trainable(Protocol):
+    """What `train` needs of a model beside being an `nnx.Module`."""
+
+    def objective(self, data: Any, /, **scheduled: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of a batch, mean over its cells, and named parts of it."""
+        ...
+
+    def train_mode(self) -> None:
+        """Sampling and dropout on."""
+        ...
+
+    def eval_mode(self) -> None:
+        """Sampling and dropout off."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train.
+
+    max_epochs: passes over the training cells at most.
+    batch_size: cells in a minibatch; on a CPU 128 is fastest per cell, larger batches leave the cache.
+    learning_rate: of Adam, when no optimizer is given.
+    validation: fraction of cells held out to decide when to stop; 0 trains on all, without early stopping.
+    patience: epochs without a better validation loss before stopping; None never stops early.
+    min_delta: by how much, relative to the loss, a better one must be better.
+    clip_norm: largest global norm of a gradient; None does not clip.
+    max_bad_steps: steps in a row with a NaN or infinite gradient (each is skipped) before giving up.
+    seed: of the minibatch order and the validation split.
+    """
+
+    max_epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    validation: float = 0.1
+    patience: int | None = 20
+    min_delta: float = 1e-5
+    clip_norm: float | None = None
+    max_bad_steps: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_epochs": (self.max_epochs >= 1, ">= 1"),
+            "batch_size": (self.batch_size >= 1, ">= 1"),
+            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "validation": (0 <= self.validation < 1, "in [0, 1)"),
+            "patience": (self.patience is None or self.patience >= 1, ">= 1 or None"),
+            "min_delta": (self.min_delta >= 0, ">= 0"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "> 0 or None"),
+            "max_bad_steps": (self.max_bad_steps >= 1, ">= 1"),
+            "seed": (self.seed >= 0, ">= 0"),
+        }
+        for name, (ok, wanted) in rules.items():
+            if not ok:
+                msg = f"fit: {name} must be {wanted}, got {getattr(self, name)!r}."
+                raise ConfigError(msg)
+
+
+class Carry(NamedTuple):
+    """All that changes in a step, on the device."""
+
+    params: Any
+    rest: Any  # statistics and random streams
+    opt_state: Any
+    sums: dict[str, jax.Array]  # losses summed over the good steps of the epoch, and their number
+    bad_run: jax.Array  # steps skipped in a row
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the run stands, on the host."""
+
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    best_loss: float = float("inf")
+    best_epoch: int = -1
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+class Program(NamedTuple):
+    """The two compiled functions and how to put a model together again."""
+
+    step: Callable[[Carry, Batch, Any], Carry]
+    evaluate: Callable[[Any, Any, Batch, dict[str, jax.Array]], dict[str, jax.Array]]
+    metrics: tuple[str, ...]
+
+
+def train(
+    model: Any,
+    source: Source,
+    settings: Settings,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
+    sampler: Sampler | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    label: str | None = None,
+) -> History:
+    """Minimises `model.objective` in minibatches; the model ends in eval mode with its best weights.
+
+    `schedules` maps a keyword of `objective` to a function of the (fractional) epoch; validation uses the
+    value at infinity, so that losses of different epochs compare. With a `sampler` there is no validation.
+    With `checkpoint`, SIGINT and SIGTERM finish the step and save; `resume=True` goes on from there,
+    bit-identical to a run that was never stopped.
+
+    Raises:
+        TrainingDivergedError: too many steps in a row had a NaN or infinite gradient.
+        TrainingInterrupted: SIGINT or SIGTERM came.
+        ModelFileError: the checkpoint does not belong to this model, data or settings.
+    """
+    if not hasattr(model, "objective"):
+        msg = f"fit: {type(model).__name__} has no objective: there is nothing to train."
+        raise ConfigError(msg)
+    schedules = dict(schedules or {})
+    split = Split.of(source.n_cells, settings, held_out=sampler is None)
+    optimizer = _with_clipping(optimizer or optax.adam(settings.learning_rate), settings.clip_norm)
+    model.train_mode()
+    graph_train, params, rest = nnx.split(model, nnx.Param, ...)
+    model.eval_mode()
+    graph_eval, _, _ = nnx.split(model, nnx.Param, ...)
+    n = min(settings.batch_size, len(split.train)) if sampler is None else settings.batch_size
+    orders = sampler or PermutedCells(source, split.train)
+    probe = source.take(split.train[np.arange(n) % len(split.train)])
+    program = compile_program(graph_train, graph_eval, optimizer, schedules, params, rest, probe)
+    carry = Carry(*_copied((params, rest)), optimizer.init(params), _zeros(program.metrics), jnp.zeros((), int))
+    best, clock = _copied((carry.params, carry.rest)), Clock()
+    identity = _identity(model, source, settings, n)
+    if resume and checkpoint is not None:
+        carry, best, clock = restore(checkpoint, carry, best, identity)
+
+    def save() -> None:
+        if checkpoint is not None:
+            store(checkpoint, carry, best, clock, identity)
+
+    saved = time.monotonic()
+    with Interrupts() as interrupts, Progress(label or type(model).__name__, settings, progress) as shown:
+        while clock.epoch < settings.max_epochs and not _stalled(clock, settings, split):
+            batches = orders.order(np.random.default_rng([settings.seed, clock.epoch]), n)
+            started, first = time.perf_counter(), clock.step
+            waiting: list[jax.Array] = []
+            while clock.step < len(batches):
+                batch = source.take(batches[clock.step])
+                epoch = np.float32(clock.epoch + clock.step / len(batches))
+                carry = program.step(carry, batch, epoch)
+                clock.step += 1
+                waiting.append(carry.bad_run + 0)
+                if len(waiting) > STEPS_AHEAD:
+                    waiting.pop(0).block_until_ready()
+                shown.step(clock.epoch, clock.step, len(batches), n)
+                if interrupts.signal is not None:
+                    save()
+                    _finish(model, best if clock.best_epoch >= 0 else (carry.params, carry.rest))
+                    raise interrupts.error(checkpoint)
+            row = _row(carry.sums, program.metrics)
+            if int(carry.bad_run) >= settings.max_bad_steps or row["good_steps"] == 0:
+                _finish(model, best)
+                raise _diverged(model, clock, settings, checkpoint)
+            if split.validation is not None:
+                row |= _validate(program, carry, source, split.validation, n)
+            row["cells_per_second"] = (clock.step - first) * n / (time.perf_counter() - started)
+            clock.rows.append({"epoch": clock.epoch, **row})
+            score = row.get("validation_loss", row["loss"])
+            if split.validation is None or score < clock.best_loss - settings.min_delta * abs(score):
+                clock.best_loss, clock.best_epoch = score, clock.epoch
+                best = _copied((carry.params, carry.rest))
+            carry = carry._replace(sums=_zeros(program.metrics))
+            clock.epoch, clock.step = clock.epoch + 1, 0
+            shown.epoch(clock.rows[-1])
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+    save()
+    _finish(model, best)
+    return History(clock.rows, best_epoch=clock.best_epoch, stopped_early=clock.epoch < settings.max_epochs)
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows held out."""
+
+    train: np.ndarray
+    validation: np.ndarray | None
+
+    @classmethod
+    def of(cls, n_cells: int, settings: Settings, *, held_out: bool) -> "Split":
+        """A random split by the seed; a handful of cells is not split at all."""
+        n_validation = round(n_cells * settings.validation) if held_out else 0
+        if n_validation < 1 or n_cells < 10:
+            return cls(np.arange(n_cells), None)
+        shuffled = np.random.default_rng([settings.seed, 0x5EED]).permutation(n_cells)
+        return cls(np.sort(shuffled[n_validation:]), np.sort(shuffled[:n_validation]))
+
+
+class PermutedCells:
+    """Each epoch is a shuffle of the training cells; the last incomplete batch is left out."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.source, self.rows = source, rows
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers, int (steps, batch_size)."""
+        rows = self.source.order(rng, self.rows)
+        return rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def compile_program(
+    graph_train: Any,
+    graph_eval: Any,
+    optimizer: optax.GradientTransformation,
+    schedules: Mapping[str, Schedule],
+    params: Any,
+    rest: Any,
+    probe: Batch,
+) -> Program:
+    """The training step and the validation step, each compiled once for the shapes of `probe`."""
+
+    def loss_of(graph: Any, params: Any, rest: Any, batch: Batch, epoch: Any) -> Any:
+        model = nnx.merge(graph, params, rest, copy=True)
+        loss, metrics = model.objective(
+            dense_on_device(batch), **{name: schedule(epoch) for name, schedule in schedules.items()}
+        )
+        return loss, ({"loss": loss, **metrics}, nnx.split(model, nnx.Param, ...)[2])
+
+    def step(carry: Carry, batch: Batch, epoch: Any) -> Carry:
+        (loss, (metrics, rest)), grads = jax.value_and_grad(
+            lambda p: loss_of(graph_train, p, carry.rest, batch, epoch), has_aux=True
+        )(carry.params)
+        updates, opt_state = optimizer.update(grads, carry.opt_state, carry.params)
+        good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+
+        def kept(new: Any, old: Any) -> Any:  # a bad step changes nothing but the random streams
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b) if _is_float(a) else a, new, old)
+
+        counted = {**metrics, "good_steps": 1.0, "skipped_steps": 0.0}
+        skipped = {**dict.fromkeys(metrics, 0.0), "good_steps": 0.0, "skipped_steps": 1.0}
+        sums = {k: carry.sums[k] + jnp.where(good, counted[k], skipped[k]) for k in carry.sums}
+        return Carry(
+            params=jax.tree.map(lambda p, u: jnp.where(good, p + u, p), carry.params, updates),
+            rest=kept(rest, carry.rest),
+            opt_state=jax.tree.map(lambda a, b: jnp.where(good, a, b), opt_state, carry.opt_state),
+            sums=sums,
+            bad_run=jnp.where(good, 0, carry.bad_run + 1),
+        )
+
+    def evaluate(params: Any, rest: Any, batch: Batch, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        _, (metrics, _) = loss_of(graph_eval, params, rest, batch, jnp.inf)
+        return {k: sums[k] + v for k, v in {**metrics, "good_steps": 1.0, "skipped_steps": 0.0}.items()}
+
+    shapes = jax.eval_shape(lambda b: loss_of(graph_train, params, rest, b, np.float32(0)), probe)
+    names = tuple(shapes[1][0])
+    return Program(jax.jit(step, donate_argnums=0), jax.jit(evaluate), names)
+
+
+def dense_on_device(batch: Batch) -> dict[str, jax.Array]:
+    """Makes sparse entries of a batch dense; inside jit this is a scatter on the device."""
+    return {k: v.dense() if hasattr(v, "dense") else jnp.asarray(v) for k, v in batch.items()}
+
+
+def store(path: str | Path, carry: Carry, best: Any, clock: Clock, identity: dict[str, Any]) -> None:
+    """Writes a checkpoint folder: everything the run needs to go on exactly."""
+    leaves = jax.tree.leaves((carry, best))
+    arrays = {f"{i:05d}": _plain(leaf) for i, leaf in enumerate(leaves)}
+    storage.save_folder(path, {"kind": "checkpoint", **identity, "clock": dataclasses.asdict(clock)}, arrays)
+
+
+def restore(path: str | Path, carry: Carry, best: Any, identity: dict[str, Any]) -> tuple[Carry, Any, Clock]:
+    """Reads a checkpoint into the shapes of `carry` and `best`.
+
+    Raises:
+        ModelFileError: it was written for another model, other data, settings or versions, naming which.
+    """
+    header, arrays = storage.load_folder(path)
+    if header.get("kind") != "checkpoint":
+        msg = f"resume: {path} holds a model, not a checkpoint of a training run."
+        raise ModelFileError(msg)
+    for name, wanted in identity.items():
+        if header.get(name) != wanted:
+            msg = f"resume: {name} differs: the checkpoint {path} has {header.get(name)}, this run has {wanted}."
+            raise ModelFileError(msg)
+    leaves, tree = jax.tree.flatten((carry, best))
+    if len(leaves) != len(arrays):
+        msg = f"resume: {path} holds {len(arrays)} arrays, this run has {len(leaves)}: the optimizer differs."
+        raise ModelFileError(msg)
+    try:
+        clock = Clock(**header["clock"])
+        values = [_like(arrays[f"{i:05d}"], leaf) for i, leaf in enumerate(leaves)]
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"resume: {path} does not fit this run: {error}."
+        raise ModelFileError(msg) from error
+    carry, best = jax.tree.unflatten(tree, values)
+    return carry, best, clock
+
+
+class Interrupts:
+    """Turns the first SIGINT or SIGTERM into a note to stop after the step; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def error(self, checkpoint: str | Path | None) -> TrainingInterrupted:
+        """What to raise for the signal that came."""
+        name = signal.Signals(self.signal or signal.SIGINT).name
+        saved = (
+            f"a checkpoint is saved in {checkpoint}; the same command with resume goes on from there"
+            if checkpoint is not None
+            else "the model holds the best weights so far; pass checkpoint= to be able to go on"
+        )
+        return TrainingInterrupted(f"fit: stopped by {name}; {saved}.", 128 + int(self.signal or 2))
+
+
+def _validate(program: Program, carry: Carry, source: Source, rows: np.ndarray, n: int) -> dict[str, float]:
+    size = min(n, len(rows))
+    sums = _zeros(program.metrics)
+    for start in range(0, len(rows) // size * size, size):
+        sums = program.evaluate(carry.params, carry.rest, source.take(rows[start : start + size]), sums)
+    means = _row(sums, program.metrics)
+    return {f"validation_{k}": v for k, v in means.items() if k in program.metrics}
+
+
+def _row(sums: dict[str, jax.Array], names: tuple[str, ...]) -> dict[str, float]:
+    host = {k: float(v) for k, v in jax.device_get(sums).items()}  # the one host sync of an epoch
+    good = max(host["good_steps"], 1.0)
+    means = {k: host[k] / good for k in names}
+    return {**means, "good_steps": host["good_steps"], "skipped_steps": host["skipped_steps"]}
+
+
+def _zeros(names: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {k: jnp.zeros(()) for k in (*names, "good_steps", "skipped_steps")}
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.copy(), tree)  # the step donates its arguments
+
+
+def _finish(model: Any, best: Any) -> None:
+    params, rest = _copied(best)
+    nnx.update(model, params, rest)
+    model.eval_mode()
+
+
+def _stalled(clock: Clock, settings: Settings, split: Split) -> bool:
+    if settings.patience is None or split.validation is None or clock.best_epoch < 0:
+        return False
+    return clock.epoch - 1 - clock.best_epoch >= settings.patience and clock.step == 0
+
+
+def _diverged(model: Any, clock: Clock, settings: Settings, checkpoint: Any) -> TrainingDivergedError:
+    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None else ""
+    return TrainingDivergedError(
+        f"fit: {type(model).__name__}: {settings.max_bad_steps} steps in a row, or a whole epoch, had a NaN or "
+        f"infinite loss or gradient in epoch {clock.epoch}; the model holds its best weights{kept}. Lower "
+        f"learning_rate (now {settings.learning_rate:g}), set clip_norm, or look for extreme counts."
+    )
+
+
+def _with_clipping(optimizer: Any, clip_norm: float | None) -> optax.GradientTransformation:
+    return optimizer if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def _identity(model: Any, source: Source, settings: Settings, n: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to go on exactly: model, data, settings, versions."""
+    config = getattr(model, "config", None)
+    rows = np.unique(np.linspace(0, source.n_cells - 1, min(64, source.n_cells)).astype(int))
+    digest = hashlib.sha256()
+    for key, value in sorted(source.take(rows).items()):
+        digest.update(key.encode())
+        for leaf in jax.tree.leaves(value):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+    settings_used = {k: v for k, v in dataclasses.asdict(settings).items() if k not in {"max_epochs", "patience"}}
+    return {
+        "operator": type(model).__name__,
+        "config": repr(config),
+        "data": f"{source.n_cells} cells, sha256 {digest.hexdigest()[:16]}",
+        "settings": {**settings_used, "batch_size": n},
+        "versions": f"jax {jax.__version__}",
+    }
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+
+def _like(value: np.ndarray, leaf: Any) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf))
+    if value.shape != leaf.shape:
+        msg = f"an array has shape {value.shape}, expected {leaf.shape}"
+        raise ValueError(msg)
+    return jnp.asarray(value, leaf.dtype)

@@ -1,0 +1,227 @@
+"""The training loop: it learns, stops, resumes to the bit, survives signals and bad steps."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from scipy import sparse
+from toy import Toy, ToyConfig
+
+from diffbio.errors import ConfigError, DataError, ModelFileError, TrainingDivergedError, TrainingInterrupted
+from diffbio.fitting import fit
+from diffbio.operators.base import operators_in
+
+RNG = np.random.default_rng(0)
+CELLS = (RNG.poisson(2, (120, 2)) @ RNG.poisson(1.5, (2, 6))).astype(np.float32)
+
+
+def toy(seed=0):
+    return Toy(ToyConfig(), rngs=nnx.Rngs(seed))
+
+
+def fitted(**settings):
+    model = toy()
+    settings = {"progress": False, "max_epochs": 6, **settings}
+    data = settings.pop("data", {"counts": CELLS})
+    history = fit(model, data, **settings)
+    return model, history
+
+
+def weights(model):
+    return {k: np.asarray(v[...]) for k, v in model.saved_state().items() if "rngs" not in k}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_it_learns_and_leaves_the_model_fitted_in_eval_mode():
+    model, history = fitted(max_epochs=40)
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    assert history["validation_loss"][history.best_epoch] == min(history["validation_loss"])
+    assert model.fitted
+    assert not model.training
+    assert float(model.seen[...]) > 0
+
+
+def test_one_seed_gives_the_same_bits_and_another_seed_does_not():
+    (a, _), (b, _), (c, _) = fitted(), fitted(), fitted(seed=1)
+    assert_same(weights(a), weights(b))
+    assert any((weights(a)[k] != weights(c)[k]).any() for k in weights(a))
+
+
+def test_sparse_and_dense_counts_train_to_the_same_bits():
+    dense, _ = fitted()
+    for matrix in (sparse.csr_matrix(CELLS), sparse.csc_array(CELLS)):
+        assert_same(weights(fitted(data={"counts": matrix})[0]), weights(dense))
+
+
+def test_compiles_each_function_once(monkeypatch):
+    traces = []
+    objective = Toy.objective
+    monkeypatch.setattr(Toy, "objective", lambda self, *a, **k: (traces.append(1), objective(self, *a, **k))[1])
+    fitted(max_epochs=5)
+    assert len(traces) <= 3  # shapes, step, evaluation
+
+
+def test_early_stopping_keeps_the_best_weights():
+    model, history = fitted(max_epochs=300, patience=3, learning_rate=0.05)
+    assert history.stopped_early
+    assert len(history) < 300
+    assert len(history) - 1 - history.best_epoch == 3
+
+
+@pytest.mark.parametrize("stop_after", [1, 9, 14])
+def test_resume_is_bit_identical_to_a_run_that_was_never_stopped(tmp_path, stop_after):
+    whole, history = fitted(checkpoint=tmp_path / "whole")
+
+    class Stopping:
+        """Sends SIGINT after some steps."""
+
+        def __init__(self):
+            self.taken = 0
+
+        n_cells = len(CELLS)
+        keys = ("counts",)
+        categories: dict = {}
+        nbytes_in_memory = 0
+
+        def take(self, rows):
+            self.taken += 1
+            if self.taken == stop_after + 4:  # a few batches are taken before the first step
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"counts": CELLS[rows]}
+
+        def order(self, rng, rows):
+            return rng.permutation(rows)
+
+    with pytest.raises(TrainingInterrupted, match="checkpoint is saved") as caught:
+        fitted(data=Stopping(), checkpoint=tmp_path / "part")
+    assert caught.value.exit_code == 130
+    resumed, again = fitted(checkpoint=tmp_path / "part", resume=True)
+    assert_same(weights(resumed), weights(whole))
+    assert again["loss"] == history["loss"]
+
+
+def test_resume_of_a_finished_run_may_go_on_longer(tmp_path):
+    whole, _ = fitted(max_epochs=8, checkpoint=tmp_path / "a")
+    fitted(max_epochs=5, checkpoint=tmp_path / "b")
+    assert_same(weights(fitted(max_epochs=8, checkpoint=tmp_path / "b", resume=True)[0]), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"data": {"counts": CELLS + 1}}, "data"), ({"seed": 3}, "settings"), ({"optimizer": optax.sgd(0.1)}, "optimizer")],
+)
+def test_resume_refuses_what_differs(tmp_path, change, named):
+    fitted(checkpoint=tmp_path / "a")
+    with pytest.raises(ModelFileError, match=named):
+        fitted(**{"checkpoint": tmp_path / "a", "resume": True, **change})
+
+
+def test_a_nan_step_is_skipped_and_counted():
+    cells = CELLS.copy()
+    cells[5] = np.inf
+    model, history = fitted(data={"counts": cells}, validation=0)
+    assert history["skipped_steps"] == [1.0] * 6
+    assert all(np.isfinite(v).all() for v in weights(model).values())
+
+
+def test_a_diverged_run_says_what_to_do():
+    with pytest.raises(TrainingDivergedError, match="Lower learning_rate"):
+        fitted(data={"counts": CELLS * np.float32(np.nan)})
+
+
+def test_unknown_and_impossible_settings_are_named():
+    with pytest.raises(ConfigError, match="bach_size"):
+        fitted(bach_size=3)
+    with pytest.raises(ConfigError, match="learning_rate must be > 0"):
+        fitted(learning_rate=-1.0)
+    with pytest.raises(DataError, match="5 genes"):
+        fitted(data={"counts": CELLS[:, :5]})
+
+
+def test_clipping_bounds_the_step():
+    model, before = toy(), toy()
+    fit(model, {"counts": CELLS}, optimizer=optax.sgd(1.0), clip_norm=1e-3, max_epochs=1, batch_size=108, progress=False)
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, nnx.state(model, nnx.Param), nnx.state(before, nnx.Param)))
+    assert 0 < float(moved) <= 1.001e-3
+
+
+def test_schedules_reach_the_objective(monkeypatch):
+    seen = []
+    fitted(schedules={"weight": lambda epoch: (seen.append(epoch), 0.5)[1]}, max_epochs=1)
+    assert any(isinstance(e, jax.core.Tracer) for e in seen)
+
+
+def test_fewer_cells_than_a_batch_and_a_single_cell():
+    for n in (1, 3, 11):
+        _, history = fitted(data={"counts": CELLS[:n]}, max_epochs=2)
+        assert np.isfinite(history["loss"]).all()
+
+
+def test_one_line_per_epoch_without_a_terminal(capsys):
+    fitted(progress=True, max_epochs=3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "epoch 1/3, loss" in lines[0]
+    assert "cells/s" in lines[0]
+
+
+def test_history_plots():
+    _, history = fitted()
+    assert len(history.plot().lines) == 3
+    assert list(history.to_frame().index) == list(range(6))
+
+
+def test_operators_in_lists_the_operator_itself():
+    assert [type(op) for op in operators_in(toy())] == [Toy]
+
+
+def documented_forms():
+    """Every way to write a training step that the docs show."""
+
+    def two_tokens(model, data, optimizer):
+        opt_state = optimizer.init(nnx.state(model, nnx.Param))
+
+        @nnx.jit
+        def step(model, opt_state):
+            loss, grads = nnx.value_and_grad(lambda m: m.objective(data)[0])(model)
+            params = nnx.state(model, nnx.Param)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            nnx.update(model, optax.apply_updates(params, updates))
+            return loss, opt_state
+
+        for _ in range(20):
+            loss, opt_state = step(model, opt_state)
+        return loss
+
+    def nnx_optimizer(model, data, optimizer):
+        optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            loss, grads = nnx.value_and_grad(lambda m: m.objective(data)[0])(model)
+            optimizer.update(model, grads)
+            return loss
+
+        for _ in range(20):
+            loss = step(model, optimizer)
+        return loss
+
+    return {"nnx.jit and nnx.value_and_grad": two_tokens, "nnx.Optimizer": nnx_optimizer}
+
+
+@pytest.mark.parametrize("form", documented_forms().values(), ids=documented_forms().keys())
+def test_documented_training_steps_train(form):
+    model = toy()
+    model.train_mode()
+    before = float(toy().objective({"counts": jnp.asarray(CELLS)})[0])
+    assert float(form(model, {"counts": jnp.asarray(CELLS)}, optax.adam(1e-2))) < before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import numpy as np
 from scipy import sparse
 
-from diffbio.data.disk import DiskMatrix, Rows, open_store
-from diffbio.data.validate import batch_codes
-from diffbio.errors import DataError, MissingKeyError
+from diffbio.data.guard import check_h5ad, check_zarr, open_zarr, opened, sniff
+from diffbio.data.matrix import DiskMatrix, Rows, checked_csr, encoding
+from diffbio.data.names import batch_codes
+from diffbio.data.read import read
+from diffbio.errors import DataError, DataWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -55,7 +58,8 @@ def as_source(
     ----------
     data
         A `Source` (returned as it is), a dict of arrays or scipy sparse matrices, an AnnData (in memory or
-        backed), or the path of a .h5ad file or .zarr folder, whose matrices stay on disk.
+        backed), or the path of a file. The matrices of a .h5ad or .zarr stay on disk; 10x files, and matrices
+        stored by column, are loaded.
     cell_keys
         Keys whose first axis is cells; those that `data` does not have are left out.
     constant_keys
@@ -73,10 +77,7 @@ def as_source(
     MissingKeyError : a place named in `mapping` does not exist.
     """
     if isinstance(data, str | Path):
-        path = Path(data)
-        return _file_source(
-            path, mapping or {"counts": "X"}, cell_keys, constant_keys, genes, open_store(path)
-        )
+        return _path_source(Path(data), mapping or {"counts": "X"}, cell_keys, constant_keys, genes)
     if isinstance(data, Mapping):
         cells = {key: data[key] for key in cell_keys if data.get(key) is not None}
         constants = {key: data[key] for key in constant_keys if data.get(key) is not None}
@@ -95,6 +96,33 @@ def chunks(source: Source, size: int) -> Iterator[Batch]:
     """Yield all cells in their order, `size` at a time; the last batch is shorter."""
     for start in range(0, source.n_cells, size):
         yield source.take(np.arange(start, min(start + size, source.n_cells)))
+
+
+def counts_of(data: AnnData | str | Path | Any, *, layer: str | None = None) -> Any:
+    """Return the counts (cells, genes) of `data`: in memory they are not copied, on disk they stay there.
+
+    Parameters
+    ----------
+    data
+        An AnnData (in memory or backed), a path, or a matrix, which is returned as it is.
+    layer
+        Name in `layers`; None is X.
+
+    Returns
+    -------
+    An array, a scipy sparse matrix, or a `DiskMatrix`: what `check_counts` and `highly_variable_genes` take.
+    """
+    place = "X" if layer is None else f"layers/{layer}"
+    if isinstance(data, str | Path):
+        source = as_source(data, cell_keys=("counts",), mapping={"counts": place})
+        if isinstance(source, FileSource):
+            return source.matrices["counts"]
+        return cast("ArraySource", source).cells["counts"]
+    if not hasattr(data, "obs"):
+        return data
+    if data.isbacked and not data.is_view:
+        return DiskMatrix(data.file._file, place, where=str(data.filename))
+    return _lookup(data, "counts", place)
 
 
 def _selected(
@@ -178,6 +206,30 @@ def _constants(
     return constants
 
 
+def _path_source(
+    path: Path,
+    mapping: Mapping[str, str],
+    cell_keys: Collection[str],
+    constant_keys: Collection[str],
+    genes: NDArray[np.integer] | None,
+) -> Source:
+    kind = sniff(path)
+    if kind not in ("h5ad", "zarr"):
+        return _anndata_source(read(path), mapping, cell_keys, constant_keys, genes)
+    store: Any
+    if kind == "h5ad":
+        check_h5ad(path, backed=True)
+        store = opened(path)
+    else:
+        check_zarr(path, backed=True)
+        store = open_zarr(path)
+    places = _selected(mapping, cell_keys, constant_keys)[0].values()
+    if any(place in store and encoding(store[place]) == "csc" for place in places):
+        warnings.warn(f"{path.name} is stored by column (CSC): loaded into memory", DataWarning, stacklevel=3)
+        return _anndata_source(read(path), mapping, cell_keys, constant_keys, genes)
+    return _file_source(path, mapping, cell_keys, constant_keys, genes, store)
+
+
 def _file_source(
     path: Path,
     mapping: Mapping[str, str],
@@ -213,27 +265,13 @@ def _file_source(
     )
 
 
-def _checked_sparse(key: str, matrix: Any) -> sparse.csr_array:
-    """Return `matrix` as CSR without duplicates, its indices checked; the caller's matrix does not change."""
-    rows = sparse.csr_array(matrix)
-    rows.check_format(full_check=False)
-    indices = rows.indices
-    if indices.size and (indices.min() < 0 or indices.max() >= rows.shape[1]):
-        msg = f"{key}: sparse matrix holds a column index outside [0, {rows.shape[1]}); build it again"
-        raise DataError(msg)
-    if not rows.has_canonical_format:
-        rows = rows.copy()
-        rows.sum_duplicates()
-    return rows
-
-
 def _in_memory(
     cells: Mapping[str, Any], constants: Mapping[str, Any], n_cells: int | None = None
 ) -> tuple[dict[str, Any], Batch, int]:
     """Return cells (CSR or numpy), constants (numpy) and the number of cells, all lengths checked."""
     held: dict[str, Any] = {}
     for key, value in cells.items():
-        held[key] = _checked_sparse(key, value) if sparse.issparse(value) else np.asarray(value)
+        held[key] = checked_csr(value, key) if sparse.issparse(value) else np.asarray(value)
         batch_dtype(key, held[key].dtype)
         if held[key].ndim == 0:
             msg = f"{key}: is a single number, but one entry per cell is needed"
@@ -316,18 +354,18 @@ class ArraySource:
         *,
         categories: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self._cells, self._constants, self.n_cells = _in_memory(cells, constants or {})
-        self.keys = (*self._cells, *self._constants)
+        self.cells, self.constants, self.n_cells = _in_memory(cells, constants or {})
+        self.keys = (*self.cells, *self.constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
 
     @property
     def nbytes_in_memory(self) -> int:
         """Bytes of all arrays held."""
-        return sum(map(_nbytes, (*self._cells.values(), *self._constants.values())))
+        return sum(map(_nbytes, (*self.cells.values(), *self.constants.values())))
 
     def take(self, rows: NDArray[np.integer]) -> Batch:
         """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
-        return {key: _rows_of(key, value, rows) for key, value in self._cells.items()} | self._constants
+        return {key: _rows_of(key, value, rows) for key, value in self.cells.items()} | self.constants
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return a random permutation of `rows`."""
@@ -366,18 +404,18 @@ class FileSource:
         group_rows: int = GROUP_ROWS,
         store: Any = None,
     ) -> None:
-        self._matrices = dict(matrices)
-        lengths = {matrix.shape[0] for matrix in self._matrices.values()}
+        self.matrices = dict(matrices)
+        lengths = {matrix.shape[0] for matrix in self.matrices.values()}
         if len(lengths) > 1:
-            listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self._matrices.items())
+            listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self.matrices.items())
             msg = f"matrices of the file disagree on the number of cells: {listed}; write the file again"
             raise DataError(msg)
-        self._cells, self._constants, self.n_cells = _in_memory(
+        self.cells, self.constants, self.n_cells = _in_memory(
             cells or {}, constants or {}, next(iter(lengths), None)
         )
-        self.keys = (*self._matrices, *self._cells, *self._constants)
+        self.keys = (*self.matrices, *self.cells, *self.constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
-        per_chunk = max((matrix.rows_per_chunk() for matrix in self._matrices.values()), default=1)
+        per_chunk = max((matrix.rows_per_chunk() for matrix in self.matrices.values()), default=1)
         self.block_rows = min(max(block_rows, per_chunk), 1024)
         self.blocks_per_group = max(1, group_rows // self.block_rows)
         self._store = store
@@ -388,8 +426,8 @@ class FileSource:
     @property
     def nbytes_in_memory(self) -> int:
         """Bytes of row pointers, columns and the blocks held now."""
-        held = sum(map(_nbytes, (*self._cells.values(), *self._constants.values())))
-        held += sum(matrix.nbytes_in_memory for matrix in self._matrices.values())
+        held = sum(map(_nbytes, (*self.cells.values(), *self.constants.values())))
+        held += sum(matrix.nbytes_in_memory for matrix in self.matrices.values())
         return held + sum(int(part.nbytes) for block in self._blocks.values() for part in block.values())
 
     def take(self, rows: NDArray[np.integer]) -> Batch:
@@ -400,13 +438,13 @@ class FileSource:
             raise IndexError(msg)
         batch: Batch = {}
         with self._lock:
-            if self._matrices:
+            if self.matrices:
                 self._load(np.unique(rows // self.block_rows))
-            for key, matrix in self._matrices.items():
+            for key, matrix in self.matrices.items():
                 batch[key] = self._gather(key, matrix, rows)
             self._evict()
-        batch |= {key: _rows_of(key, value, rows) for key, value in self._cells.items()}
-        return batch | self._constants
+        batch |= {key: _rows_of(key, value, rows) for key, value in self.cells.items()}
+        return batch | self.constants
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return `rows` block-shuffled."""
@@ -431,7 +469,7 @@ class FileSource:
         for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if missing else []:
             first, last = int(run[0]), int(run[-1]) + 1
             start, stop = first * self.block_rows, min(last * self.block_rows, self.n_cells)
-            read = {key: matrix.read(start, stop) for key, matrix in self._matrices.items()}
+            read = {key: matrix.read(start, stop) for key, matrix in self.matrices.items()}
             for block in range(first, last):
                 low = block * self.block_rows - start
                 high = min(low + self.block_rows, stop - start)

@@ -1,16 +1,16 @@
-"""A cells x genes matrix that stays in its .h5ad or .zarr file; rows are read as they are asked for."""
+"""Rows of a cells x genes matrix, dense or sparse, in memory or left in its .h5ad or .zarr file."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+from scipy import sparse
 
-from diffbio.errors import InputFileError, MissingKeyError
+from diffbio.errors import DataError, InputFileError, MissingKeyError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -23,20 +23,14 @@ class Rows(NamedTuple):
     values: NDArray[Any]
 
     @property
+    def row_of_value(self) -> NDArray[np.int64]:
+        """The row, counted from 0, that each value is in."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return int(self.starts.nbytes + self.columns.nbytes + self.values.nbytes)
-
-
-def open_store(path: Path) -> Mapping[str, Any]:
-    """Open `path` for reading: a zarr group for a folder, an HDF5 file otherwise."""
-    if path.is_dir():
-        import zarr
-
-        return cast("Mapping[str, Any]", zarr.open_group(str(path), mode="r"))
-    import h5py
-
-    return cast("Mapping[str, Any]", h5py.File(path, "r"))
 
 
 def encoding(element: Any) -> str:
@@ -100,14 +94,64 @@ def without_duplicates(rows: Rows) -> Rows:
     rising[boundary[(boundary >= 0) & (boundary < rising.size)]] = True
     if rising.all():
         return rows
-    from scipy.sparse import csr_array
-
     n_columns = int(rows.columns.max()) + 1
     matrix = csr_array(
         (rows.values, rows.columns, rows.starts), shape=(len(rows.starts) - 1, n_columns), copy=True
     )
     matrix.sum_duplicates()
     return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
+
+
+def checked_csr(matrix: Any, name: str) -> sparse.csr_array:
+    """Return a scipy matrix as CSR without duplicates, its indices checked; the caller's does not change."""
+    rows = sparse.csr_array(matrix)
+    rows.check_format(full_check=False)
+    indices = rows.indices
+    if indices.size and (indices.min() < 0 or indices.max() >= rows.shape[1]):
+        msg = f"{name}: sparse matrix holds a column index outside [0, {rows.shape[1]}); build it again"
+        raise DataError(msg)
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    return rows
+
+
+def row_chunks(
+    matrix: Any, *, name: str = "counts", chunk_bytes: int = 32 << 20
+) -> Iterator[tuple[int, Rows]]:
+    """Yield (first row, `Rows`) of all rows in order, about `chunk_bytes` at a time.
+
+    `matrix` is an array, a scipy sparse matrix (columns-first ones are converted once) or a `DiskMatrix`.
+    """
+    if sparse.issparse(matrix):
+        matrix = checked_csr(matrix, name)
+        per_row = 12 * matrix.nnz / max(1, matrix.shape[0])
+    elif isinstance(matrix, DiskMatrix):
+        per_row = matrix.bytes_per_row
+    else:
+        matrix = np.asarray(matrix)
+        if matrix.ndim != 2:
+            msg = f"{name}: has shape {matrix.shape}; expected (cells, genes)"
+            raise DataError(msg)
+        per_row = matrix.shape[1] * matrix.itemsize
+    step = max(1, int(chunk_bytes / max(1, per_row)))
+    for start in range(0, matrix.shape[0], step):
+        stop = min(start + step, matrix.shape[0])
+        if isinstance(matrix, DiskMatrix):
+            block = matrix.read(start, stop)
+        elif sparse.issparse(matrix):
+            first, last = int(matrix.indptr[start]), int(matrix.indptr[stop])
+            pointers = matrix.indptr[start : stop + 1].astype(np.int64) - first
+            block = Rows(pointers, matrix.indices[first:last], matrix.data[first:last])
+        else:
+            block = matrix[start:stop]
+        yield start, block if isinstance(block, Rows) else _dense_rows(block)
+
+
+def _dense_rows(block: NDArray[Any]) -> Rows:
+    row, column = np.nonzero(block)  # NaN is not 0 and stays
+    starts = np.searchsorted(row, np.arange(len(block) + 1))
+    return Rows(starts.astype(np.int64), column.astype(np.int32), block[row, column])
 
 
 class DiskMatrix:
@@ -179,6 +223,13 @@ class DiskMatrix:
     def dtype(self) -> np.dtype[Any]:
         """The dtype stored."""
         return cast("np.dtype[Any]", self._values.dtype)
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes that reading one row takes on average."""
+        if self.encoding == "dense":
+            return float(self.n_stored_columns * self.dtype.itemsize)
+        return float((self.dtype.itemsize + 12) * self._values.shape[0] / max(1, self.shape[0]))
 
     def rows_per_chunk(self) -> int:
         """Rows that one compressed chunk of the file holds on average, at least 1."""

@@ -31,8 +31,8 @@ def highly_variable_genes(
     expected of a gene; counts are standardised with it and clipped at sqrt(cells); the variance of that ranks
     the genes. Genes are picked by their median rank over the batches in which they are among the top ones.
     The same method as `scanpy.pp.highly_variable_genes(flavor="seurat_v3")`, which needs the matrix in
-    memory. With batches scanpy's sums carry rounding errors, which split ties at random; ours are exact, so the
-    result does not depend on the order of cells, and a few picks in a thousand differ.
+    memory. With batches scanpy's sums carry rounding errors, which split ties at random; ours are exact, so
+    the result does not depend on the order of cells, and a few picks in a thousand differ.
 
     Parameters
     ----------

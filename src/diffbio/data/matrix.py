@@ -94,10 +94,9 @@ def without_duplicates(rows: Rows) -> Rows:
     rising[boundary[(boundary >= 0) & (boundary < rising.size)]] = True
     if rising.all():
         return rows
-    n_columns = int(rows.columns.max()) + 1
-    matrix = csr_array(
-        (rows.values, rows.columns, rows.starts), shape=(len(rows.starts) - 1, n_columns), copy=True
-    )
+    shape = (len(rows.starts) - 1, int(rows.columns.max()) + 1)
+    parts = (rows.values, rows.columns, rows.starts)
+    matrix = cast("Any", sparse.csr_array)(parts, shape=shape, copy=True)
     matrix.sum_duplicates()
     return Rows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
 
@@ -123,7 +122,8 @@ def row_chunks(
 
     `matrix` is an array, a scipy sparse matrix (columns-first ones are converted once) or a `DiskMatrix`.
     """
-    if sparse.issparse(matrix):
+    is_sparse = sparse.issparse(matrix)
+    if is_sparse:
         matrix = checked_csr(matrix, name)
         per_row = 12 * matrix.nnz / max(1, matrix.shape[0])
     elif isinstance(matrix, DiskMatrix):
@@ -139,7 +139,7 @@ def row_chunks(
         stop = min(start + step, matrix.shape[0])
         if isinstance(matrix, DiskMatrix):
             block = matrix.read(start, stop)
-        elif sparse.issparse(matrix):
+        elif is_sparse:
             first, last = int(matrix.indptr[start]), int(matrix.indptr[stop])
             pointers = matrix.indptr[start : stop + 1].astype(np.int64) - first
             block = Rows(pointers, matrix.indices[first:last], matrix.data[first:last])

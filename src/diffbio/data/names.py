@@ -173,7 +173,8 @@ class GeneAlignment(NamedTuple):
 
     def apply(self, matrix: Any) -> Any:
         """Return `matrix` (cells, genes of the data) with the model's genes as columns, in its order."""
-        if sparse.issparse(matrix):
+        is_sparse = sparse.issparse(matrix)
+        if is_sparse:
             found = np.flatnonzero(self.columns >= 0)
             ones = np.ones(len(found), matrix.dtype)
             shape = (matrix.shape[1], len(self.columns))

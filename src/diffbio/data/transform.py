@@ -1,0 +1,59 @@
+"""Counts made comparable between cells: sparse stays sparse."""
+
+from typing import Any, cast
+
+import numpy as np
+from scipy import sparse
+
+from ..errors import DataError
+from .matrix import checked_csr
+
+
+def per_cell(counts: Any, *, total: float | None = None) -> Any:
+    """Counts x_ij * total / sum_j x_ij; `total` None is the median over the cells that have counts.
+
+    Cells without a count stay zero. Returns float32, CSR if `counts` is sparse.
+    """
+    counts = _checked(counts)
+    sizes = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    if total is None:
+        total = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
+    factors = np.where(sizes > 0, total / np.where(sizes > 0, sizes, 1.0), 0.0).astype(np.float32)
+    if not sparse.issparse(counts):
+        return counts.astype(np.float32) * factors[:, None]
+    values = counts.data.astype(np.float32) * np.repeat(factors, np.diff(counts.indptr))
+    return _like(counts, values)
+
+
+def shifted_log(counts: Any, *, total: float | None = None) -> Any:
+    """log(1 + x_ij * total / sum_j x_ij), as scanpy's normalize_total and log1p (Ahlmann-Eltze & Huber 2023)."""
+    scaled = per_cell(counts, total=total)
+    return _like(scaled, np.log1p(scaled.data)) if sparse.issparse(scaled) else np.log1p(scaled)
+
+
+def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
+    """(x - mu) / sqrt(mu + mu² / theta) clipped at ±sqrt(cells), mu_ij = row sum i * column sum j / total.
+
+    Lause, Berens & Kobak 2021, eq. 4 and 5. Dense float32; genes without a count are 0.
+    """
+    counts = _checked(counts)
+    rows = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    columns = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
+    mean = np.outer(rows, columns / max(columns.sum(), 1.0)).astype(np.float32)
+    dense = counts.toarray() if sparse.issparse(counts) else counts
+    sd = np.sqrt(np.where(mean > 0, mean + mean**2 / theta, 1.0))
+    limit = np.sqrt(len(mean))
+    return np.clip((dense - mean) / sd, -limit, limit).astype(np.float32)
+
+
+def _checked(counts: Any) -> Any:
+    counts = checked_csr(counts, "counts") if sparse.issparse(counts) else np.asarray(counts)
+    values = counts.data if sparse.issparse(counts) else counts
+    if values.size and not (np.isfinite(values).all() and values.min() >= 0):
+        msg = "counts hold NaN, infinite or negative values; pass raw counts, with layer= if X is scaled"
+        raise DataError(msg)
+    return counts
+
+
+def _like(matrix: Any, values: np.ndarray) -> Any:
+    return cast("Any", sparse.csr_array)((values, matrix.indices, matrix.indptr), shape=matrix.shape)

@@ -178,6 +178,7 @@ class Operator(nnx.Module):
             "operator": type(self).__name__,
             "config": dataclasses.asdict(self.config),
             "fitted": [part.fitted for part in operators_in(self)],
+            **self._header(),
         }
         return storage.save_folder(path, header, {k: to_numpy(v) for k, v in self.saved_state().items()})
 
@@ -200,7 +201,8 @@ class Operator(nnx.Module):
             raise ModelFileError(msg) from error
         op = typing.cast(type[Any], found)(config, rngs=nnx.Rngs(0))
         assert isinstance(op, cls)
-        op._restore(arrays, where=str(path))
+        op._adapt(header)
+        op.restore(arrays, where=str(path))
         for part, fitted in zip(operators_in(op), header.get("fitted", []), strict=False):
             part.fitted = bool(fitted)
         return op
@@ -209,7 +211,12 @@ class Operator(nnx.Module):
         """Everything a copy needs to give the same results, by name: parameters, statistics, random streams."""
         return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(self))}
 
-    def _restore(self, arrays: dict[str, np.ndarray], *, where: str) -> None:
+    def restore(self, arrays: dict[str, np.ndarray], *, where: str) -> None:
+        """Takes over what `saved_state` gave, from arrays by name; `where` they come from, for messages.
+
+        Raises:
+            ModelFileError: names or shapes differ.
+        """
         # arrays fitted to data (a stored reference, say) may have another size than in a fresh operator
         own = self.saved_state()
         if set(own) != set(arrays):
@@ -224,6 +231,17 @@ class Operator(nnx.Module):
                 raise ModelFileError(msg)
             leaf.set_value(from_numpy(value, like=leaf[...]))
         nnx.update(self, nnx.from_flat_state(flat))
+
+    def provided(self) -> dict[str, Any]:
+        """The outputs this instance gives: all that the class declares, unless a part is switched off."""
+        return type(self).provides
+
+    def _header(self) -> dict[str, Any]:
+        """What beside the settings `load` needs to build the same shapes."""
+        return {}
+
+    def _adapt(self, header: Mapping[str, Any]) -> None:
+        """Builds the shapes that `_header` describes."""
 
     def _set_training(self, training: bool) -> None:  # noqa: FBT001
         for part in operators_in(self):

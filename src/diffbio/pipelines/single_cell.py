@@ -1,0 +1,319 @@
+"""The whole workflow as one operator: counts in, clusters out, gradients all the way."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..data.source import Source
+from ..errors import DataError, MissingKeyError
+from ..history import History
+from ..operators.base import Config, Data, Operator, positive
+from ..operators.normalization.umap import DifferentiableUMAP, UMAPConfig
+from ..operators.normalization.vae_normalizer import VAENormalizer, VAENormalizerConfig
+from ..operators.singlecell.ambient_removal import AmbientRemovalConfig, DifferentiableAmbientRemoval
+from ..operators.singlecell.harmony import BatchCorrectionConfig, DifferentiableHarmony
+from ..operators.singlecell.soft_clustering import SoftClusteringConfig, SoftKMeansClustering
+from .stages import fit_stages
+
+UNDECLARED_BATCHES = 16  # room kept for batch labels when n_batches is None and no data has been seen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SingleCellPipelineConfig(Config):
+    """Settings of `SingleCellPipeline`.
+
+    n_genes: number of genes in the expression matrix.
+    n_clusters: number of clusters for soft k-means.
+    latent_dim: dimension of the VAE latent space.
+    hidden_dims: hidden layer dimensions of the VAE.
+    umap_n_components: number of UMAP output dimensions.
+    batch_correction_clusters: number of clusters for Harmony, at most; `fit` takes fewer for few cells, as the
+        published program does (one per 30 cells).
+    batch_correction_iterations: number of Harmony iterations.
+    clustering_temperature: temperature for soft clustering, in units of squared distance in latent space.
+    enable_ambient_removal: enable ambient RNA removal.
+    enable_batch_correction: enable batch correction.
+    enable_dim_reduction: enable UMAP dimensionality reduction.
+    enable_clustering: enable soft clustering.
+    n_batches: number of batches. None: `fit` takes it from the data; before that, labels 0-15 are understood.
+    """
+
+    n_genes: int = positive(2000)
+    n_clusters: int = positive(10)
+    latent_dim: int = positive(64)
+    hidden_dims: tuple[int, ...] = positive((128, 64))
+    umap_n_components: int = positive(2)
+    batch_correction_clusters: int = positive(100)
+    batch_correction_iterations: int = positive(10)
+    clustering_temperature: float = positive(1.0)
+    enable_ambient_removal: bool = True
+    enable_batch_correction: bool = True
+    enable_dim_reduction: bool = True
+    enable_clustering: bool = True
+    n_batches: int | None = positive(None)
+
+
+class Analysed(TypedDict, total=False):
+    """What `SingleCellPipeline` adds; a disabled stage adds nothing."""
+
+    decontaminated_counts: Float[Array, "cells genes"]
+    normalized: Float[Array, "cells genes"]  # gene fractions: rows sum to 1
+    latent: Float[Array, "cells latent"]
+    corrected_embeddings: Float[Array, "cells latent"]
+    embeddings_2d: Float[Array, "cells components"]
+    cluster_assignments: Float[Array, "cells clusters"]  # rows sum to 1
+
+
+class SingleCellPipeline(Operator):
+    """Counts -> ambient removal -> VAE normalisation -> Harmony -> parametric UMAP -> soft k-means.
+
+    Each stage is an operator of its own: `ambient_removal`, `vae_normalizer`, `batch_correction`,
+    `dim_reduction`, `clustering`; a disabled one is None and the next stage reads what the last enabled one
+    gave. `diffbio.fit(pipeline, data)` trains stage by stage, then all of it jointly; afterwards `apply`
+    projects any cells, one by one, without refitting. Before that the outputs are those of random weights, and
+    the returned metadata says so.
+
+    A batch label that the pipeline does not know raises DataError; under `jax.jit`, where it cannot raise, that
+    cell's outputs are NaN: pass `n_batches`.
+    """
+
+    def __init__(self, config: SingleCellPipelineConfig, *, rngs: nnx.Rngs) -> None:
+        self.config: SingleCellPipelineConfig = config
+        self.fitted = False
+        self._build(rngs, n_clusters=config.batch_correction_clusters)
+
+    def _build(self, rngs: nnx.Rngs, *, n_clusters: int) -> None:
+        c = self.config
+        n_batches = c.n_batches or UNDECLARED_BATCHES
+
+        def part(enabled: bool, cls: Any, settings: Any) -> Any:  # noqa: FBT001
+            return nnx.data(cls(settings, rngs=rngs) if enabled else None)
+
+        self.ambient_removal: DifferentiableAmbientRemoval | None = part(
+            c.enable_ambient_removal,
+            DifferentiableAmbientRemoval,
+            AmbientRemovalConfig(n_genes=c.n_genes),
+        )
+        self.vae_normalizer = VAENormalizer(
+            VAENormalizerConfig(
+                n_genes=c.n_genes,
+                latent_dim=c.latent_dim,
+                hidden_dims=c.hidden_dims,
+                n_batches=n_batches,
+                likelihood="nb",
+            ),
+            rngs=rngs,
+        )
+        self.batch_correction: DifferentiableHarmony | None = part(
+            c.enable_batch_correction,
+            DifferentiableHarmony,
+            BatchCorrectionConfig(
+                n_clusters=n_clusters,
+                n_features=c.latent_dim,
+                n_batches=n_batches,
+                n_iterations=c.batch_correction_iterations,
+            ),
+        )
+        self.dim_reduction: DifferentiableUMAP | None = part(
+            c.enable_dim_reduction,
+            DifferentiableUMAP,
+            UMAPConfig(n_components=c.umap_n_components, input_features=c.latent_dim),
+        )
+        self.clustering: SoftKMeansClustering | None = part(
+            c.enable_clustering,
+            SoftKMeansClustering,
+            SoftClusteringConfig(
+                n_clusters=c.n_clusters, n_features=c.latent_dim, temperature=c.clustering_temperature
+            ),
+        )
+
+    def __call__(
+        self,
+        counts: Float[Array, "cells genes"],
+        ambient_profile: Float[Array, "genes"] | None = None,
+        batch_labels: Int[Array, "cells"] | None = None,
+    ) -> Analysed:
+        result = self._normalised(counts, ambient_profile, batch_labels)
+        embedding = result["latent"]
+        if self.batch_correction is not None:
+            assert batch_labels is not None
+            embedding = self.batch_correction(embedding, batch_labels)["corrected_embeddings"]
+            result["corrected_embeddings"] = embedding
+        if self.dim_reduction is not None:
+            result["embeddings_2d"] = self.dim_reduction(embedding)["embedding"]
+        if self.clustering is not None:
+            result["cluster_assignments"] = self.clustering(embedding)["cluster_assignments"]
+        return result
+
+    def normalise(self, data: Data) -> Analysed:
+        """The stages up to the VAE alone, which treat cells one by one even before Harmony has been learned."""
+        return self._normalised(**self._inputs(data))
+
+    def _normalised(
+        self,
+        counts: Float[Array, "cells genes"],
+        ambient_profile: Float[Array, "genes"] | None = None,
+        batch_labels: Int[Array, "cells"] | None = None,
+    ) -> Analysed:
+        result: Analysed = {}
+        if self.ambient_removal is not None:
+            assert ambient_profile is not None
+            counts = self.ambient_removal(counts, ambient_profile)["decontaminated_counts"]
+            result["decontaminated_counts"] = counts
+        normal = self.vae_normalizer(counts, batch_labels=batch_labels)
+        unknown = self._unknown(batch_labels, normal["latent_mean"].dtype)
+        result["normalized"] = normal["normalized"] + unknown
+        result["latent"] = normal["latent_mean"] + unknown
+        return result
+
+    def objective(
+        self,
+        data: Data,
+        *,
+        kl_weight: jax.Array | float = 1.0,
+        clustering_weight: jax.Array | float = 0.1,
+        embedding_weight: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The sum of the stages' own objectives on a minibatch, the later ones on what the earlier ones give.
+
+        So the VAE is trained for reconstruction, for compact clusters (weight `clustering_weight`) and for a
+        faithful embedding (weight `embedding_weight`). The embedding's term reads the batch as pairs of
+        neighbours: first half heads, second half tails.
+        """
+        inputs = self._inputs(data)
+        counts, labels = inputs["counts"], inputs.get("batch_labels")
+        metrics: dict[str, jax.Array] = {}
+        loss: jax.Array = jnp.zeros((), counts.dtype)
+        if self.ambient_removal is not None:
+            stage = {"counts": counts, "ambient_profile": inputs["ambient_profile"]}
+            metrics["ambient"], _ = self.ambient_removal.objective(stage)
+            loss = loss + metrics["ambient"]
+            counts = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
+        labelled = {} if labels is None else {"batch_labels": labels}
+        metrics["vae"], parts = self.vae_normalizer.objective({"counts": counts, **labelled}, kl_weight=kl_weight)
+        metrics |= {key: parts[key] for key in ("reconstruction", "kl")}
+        loss = loss + metrics["vae"]
+        embedding = self.vae_normalizer(counts, batch_labels=labels)["latent_mean"]
+        if self.batch_correction is not None:
+            assert labels is not None
+            embedding = self.batch_correction(embedding, labels)["corrected_embeddings"]
+        if self.dim_reduction is not None:
+            metrics["embedding"], _ = self.dim_reduction.objective({"features": embedding})
+            loss = loss + embedding_weight * metrics["embedding"]
+        if self.clustering is not None:
+            metrics["clustering"], _ = self.clustering.objective({"embeddings": embedding})
+            loss = loss + clustering_weight * metrics["clustering"]
+        return loss, metrics
+
+    def fit_stages(self, source: Source, **how: Any) -> History:
+        """What `diffbio.fit` runs: see `diffbio.pipelines.stages`."""
+        return fit_stages(self, source, **how)
+
+    def learn_batches(self, labels: np.ndarray | None, n_cells: int, *, seed: int) -> None:
+        """Builds the stages for the batches and the number of cells at hand, before training starts.
+
+        Raises:
+            DataError: a label is negative, or too large for a given n_batches.
+        """
+        n_batches = self.config.n_batches
+        if labels is not None:
+            if labels.size and labels.min() < 0:
+                msg = f"SingleCellPipeline: batch_labels holds {labels.min()}; labels start at 0."
+                raise DataError(msg)
+            largest = int(labels.max(initial=0))
+            if n_batches is not None and largest >= n_batches:
+                msg = (
+                    f"SingleCellPipeline: batch_labels holds label {largest}, but n_batches is {n_batches}; "
+                    f"pass n_batches={largest + 1}."
+                )
+                raise DataError(msg)
+            n_batches = n_batches or largest + 1
+        wanted = dataclasses.replace(self.config, n_batches=n_batches or 1)
+        n_clusters = max(1, min(wanted.batch_correction_clusters, round(n_cells / 30)))
+        now = None if self.batch_correction is None else self.batch_correction.config.n_clusters
+        if wanted != self.config or now not in (None, n_clusters):
+            self.config = wanted
+            self._build(nnx.Rngs(seed), n_clusters=n_clusters)
+
+    def provided(self) -> dict[str, Any]:
+        """The outputs of the enabled stages."""
+        stages = {
+            "decontaminated_counts": self.ambient_removal,
+            "corrected_embeddings": self.batch_correction,
+            "embeddings_2d": self.dim_reduction,
+            "cluster_assignments": self.clustering,
+        }
+        return {key: hint for key, hint in type(self).provides.items() if stages.get(key, self) is not None}
+
+    @property
+    def final_embedding(self) -> str:
+        """The key of what clustering and UMAP read."""
+        return "latent" if self.batch_correction is None else "corrected_embeddings"
+
+    def _inputs(self, data: Data) -> dict[str, jax.Array]:
+        needs = {"ambient_profile": self.ambient_removal, "batch_labels": self.batch_correction}
+        for key, stage in needs.items():
+            if stage is not None and data.get(key) is None:
+                switch = "enable_ambient_removal" if key == "ambient_profile" else "enable_batch_correction"
+                has = ", ".join(sorted(data)) or "nothing"
+                msg = f"SingleCellPipeline needs data[{key!r}] (or {switch}=False); data has {has}."
+                raise MissingKeyError(msg)
+        inputs = super()._inputs({k: v for k, v in data.items() if v is not None})
+        labels = inputs.get("batch_labels")
+        if labels is not None and self.config.n_batches is None and not isinstance(labels, jax.core.Tracer):
+            largest = int(labels.max()) if labels.size else 0
+            if largest >= UNDECLARED_BATCHES:
+                msg = f"SingleCellPipeline: batch_labels holds label {largest}; pass n_batches={largest + 1}."
+                raise DataError(msg)
+        return inputs
+
+    def _unknown(self, labels: jax.Array | None, dtype: Any) -> jax.Array:
+        """0 for a cell of a known batch, NaN for another: a traced label cannot raise."""
+        if labels is None:
+            return jnp.zeros((), dtype)
+        known = (labels >= 0) & (labels < (self.config.n_batches or UNDECLARED_BATCHES))
+        return jnp.where(known, 0.0, jnp.nan).astype(dtype)[:, None]
+
+    def _adapt(self, header: Mapping[str, Any]) -> None:
+        if self.batch_correction is not None:
+            self._build(nnx.Rngs(0), n_clusters=int(header["harmony_clusters"]))
+
+    def _header(self) -> dict[str, Any]:
+        harmony = self.batch_correction
+        return {"harmony_clusters": None if harmony is None else harmony.config.n_clusters}
+
+    @classmethod
+    def examples(cls) -> dict[str, tuple["SingleCellPipeline", Data]]:
+        """All stages, and the VAE alone."""
+        keys = jax.random.split(jax.random.key(0), 2)
+        data = {
+            "counts": jax.random.poisson(keys[0], 3.0, (12, 8)).astype(jnp.float32),
+            "ambient_profile": jnp.full((8,), 1 / 8),
+            "batch_labels": jnp.arange(12) % 2,
+        }
+        small: dict[str, Any] = {"n_genes": 8, "n_clusters": 3, "latent_dim": 3, "hidden_dims": (6, 5)}
+        harmony = {"batch_correction_clusters": 2, "batch_correction_iterations": 2, "n_batches": 2}
+        off = {
+            f"enable_{stage}": False
+            for stage in ("ambient_removal", "batch_correction", "dim_reduction", "clustering")
+        }
+        return {
+            "all stages": (create_single_cell_pipeline(**small, **harmony), data),
+            "normalisation only": (create_single_cell_pipeline(**small, **off), {"counts": data["counts"]}),
+        }
+
+
+def create_single_cell_pipeline(*, seed: int = 42, **settings: Any) -> SingleCellPipeline:
+    """Makes a `SingleCellPipeline`; `settings` are the fields of `SingleCellPipelineConfig`.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    return SingleCellPipeline(SingleCellPipelineConfig(**settings), rngs=nnx.Rngs(seed))
+

@@ -1,0 +1,263 @@
+"""How a `SingleCellPipeline` is trained: each stage on what the one before gives, then all of them jointly."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.cluster import KMeans
+
+from .. import storage
+from ..data.source import ArraySource, Source
+from ..errors import ModelFileError
+from ..history import History
+from ..operators.base import Operator, to_numpy
+from ..train import Sampler, Schedule, Settings, train
+from .inference import MappedSource, apply_in_chunks, column, in_memory, joined, map_chunks
+
+if TYPE_CHECKING:
+    from .single_cell import SingleCellPipeline
+
+# Neighbour graph, Harmony and the joint stage see at most this many cells (a random choice): memory stays flat,
+# and a fitted stage embeds the other cells one by one.
+REFERENCE_CELLS = 50_000
+JOINT = {"max_epochs": 20, "learning_rate": 1e-4, "validation": 0.0}
+JOINT_ROUNDS = 2  # after each, Harmony is learned again on the moved latent space
+# steps of the whole pipeline are small, so that a stage's own training is refined and not undone
+
+
+@dataclasses.dataclass
+class Run:
+    """One `fit` of a pipeline: what all stages share."""
+
+    pipeline: "SingleCellPipeline"
+    source: Source
+    settings: Mapping[str, Any]
+    checkpoint: Path | None
+    resume: bool
+    how: dict[str, Any]  # optimizer and progress, for `train`
+    schedules: Mapping[str, Schedule] | None
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    done: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything that this fit draws."""
+        return int(self.settings.get("seed", 0))
+
+    def train(
+        self,
+        stage: str,
+        model: Operator,
+        source: Any,
+        defaults: Mapping[str, Any],
+        *,
+        sampler: Sampler | None = None,
+        own: tuple[str, ...] = (),
+    ) -> None:
+        """Trains `model`; of the user's settings those in `own` do not reach this stage, and epochs are a limit."""
+        given = {k: v for k, v in self.settings.items() if k not in own}
+        epochs = min(defaults.get("max_epochs", 100), self.settings.get("max_epochs", 10**9))
+        folder = None if self.checkpoint is None else self.checkpoint / stage
+        history = train(
+            model,
+            source,
+            Settings(**{**defaults, **given, "max_epochs": epochs}),
+            sampler=sampler,
+            schedules={**getattr(model, "schedules", {}), **(self.schedules or {})} if stage == "vae" else None,
+            checkpoint=folder,
+            resume=self.resume and folder is not None and folder.exists(),
+            label=stage,
+            **self.how,
+        )
+        self.rows += [{"stage": stage, **row} for row in history.rows]
+        model.mark_fitted()
+
+    def stage(self, name: str, action: Callable[[], None]) -> None:
+        """Runs `action` unless a resumed run has done it; saves the pipeline after it."""
+        if name in self.done:
+            return
+        action()
+        self.done.append(name)
+        if self.checkpoint is not None:
+            save_progress(self)
+
+
+def fit_stages(
+    pipeline: "SingleCellPipeline",
+    source: Source,
+    *,
+    settings: Mapping[str, Any],
+    optimizer: optax.GradientTransformation | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> History:
+    """Trains the enabled stages in their order, then all jointly; returns one history, with the stage in each row.
+
+    Raises:
+        DataError: batch labels that the pipeline cannot hold.
+        ModelFileError: the checkpoint belongs to another pipeline.
+    """
+    labels = column(source, "batch_labels") if "batch_labels" in source.keys else None
+    folder = None if checkpoint is None else Path(checkpoint)
+    run = Run(pipeline, source, settings, folder, resume, {"progress": progress}, schedules)
+    n_cells = min(source.n_cells, REFERENCE_CELLS)
+    pipeline.learn_batches(labels, n_cells, seed=run.seed)
+    pipeline.eval_mode()
+    if folder is not None:
+        if resume and (folder / "pipeline").exists():
+            load_progress(run)
+        elif not resume:
+            _forget(folder)
+    if pipeline.ambient_removal is not None:
+        run.stage("ambient", lambda: _fit_ambient(run))
+    run.stage("vae", lambda: _fit_vae(run, optimizer))
+    reference = in_memory(source, REFERENCE_CELLS, seed=run.seed)
+    run.stage("embedding", lambda: _fit_embedding(run, reference))
+    if pipeline.clustering is not None or pipeline.dim_reduction is not None:
+        for i in range(JOINT_ROUNDS):
+            run.stage(f"joint{i + 1}", lambda i=i: _fit_jointly(run, reference, f"joint{i + 1}"))  # type: ignore[misc]
+    pipeline.eval_mode()
+    return History(run.rows)
+
+
+def _fit_ambient(run: Run) -> None:
+    ambient = run.pipeline.ambient_removal
+    assert ambient is not None
+    ambient.init_from(_some(run.source, ambient.init_cells, run.seed))
+    run.train("ambient", ambient, run.source, ambient.fit_defaults)
+
+
+def _fit_vae(run: Run, optimizer: optax.GradientTransformation | None) -> None:
+    vae, ambient = run.pipeline.vae_normalizer, run.pipeline.ambient_removal
+    source: Any = run.source
+    if ambient is not None:
+        graph, state = nnx.split(ambient)
+
+        def clean(batch: dict[str, Any]) -> dict[str, Any]:
+            result = nnx.merge(graph, state)(batch["counts"], batch["ambient_profile"])
+            return {**batch, "counts": result["decontaminated_counts"]}
+
+        source = MappedSource(run.source, clean)
+    vae.init_from(_some(source, vae.init_cells, run.seed))
+    run.how["optimizer"] = optimizer
+    run.train("vae", vae, source, vae.fit_defaults)
+    run.how.pop("optimizer")
+
+
+def _fit_embedding(run: Run, reference: Source) -> None:
+    """Harmony, clusters and UMAP on the latent space as it stands."""
+    pipeline = run.pipeline
+    features = _embedded(run, reference)
+    if pipeline.clustering is not None:
+        pipeline.clustering.init_from({"embeddings": features})
+        pipeline.clustering.mark_fitted()
+    if pipeline.dim_reduction is not None:
+        _fit_umap(run, features, "umap", fresh=True)
+
+
+def _fit_jointly(run: Run, reference: Source, name: str) -> None:
+    """A round of training of the whole pipeline; then Harmony, clusters and UMAP settle on the moved latents."""
+    pipeline = run.pipeline
+    features = _embedded(run, reference, learn=False)
+    sampler: Sampler | None = None
+    if pipeline.dim_reduction is not None and reference.n_cells > 2:
+        sampler = PerCell(pipeline.dim_reduction.sampler({"features": features}), reference.n_cells)
+    defaults = {**JOINT, "max_epochs": JOINT["max_epochs"] // JOINT_ROUNDS, "batch_size": 256}
+    own = ("max_epochs", "learning_rate", "validation", "patience")
+    limit = int(run.settings.get("max_epochs", 10**9))
+    defaults["max_epochs"] = min(int(defaults["max_epochs"]), limit)
+    run.train(name, pipeline, reference, defaults, sampler=sampler, own=own)
+    features = _embedded(run, reference)
+    if pipeline.clustering is not None:
+        centroids = pipeline.clustering.centroids
+        centroids[...] = jnp.asarray(_settle(np.asarray(centroids[...]), features))
+    if pipeline.dim_reduction is not None:
+        _fit_umap(run, features, f"umap after {name}", fresh=False)
+
+
+def _fit_umap(run: Run, features: np.ndarray, name: str, *, fresh: bool) -> None:
+    umap = run.pipeline.dim_reduction
+    assert umap is not None
+    data = {"features": features}
+    if fresh:
+        umap.init_from(data)
+    defaults = dict(umap.fit_defaults)
+    if not fresh:
+        defaults["max_epochs"] = max(1, defaults.get("max_epochs", 100) // 5)
+    run.train(name, umap, ArraySource(data), defaults, sampler=umap.sampler(data), own=("batch_size", "learning_rate"))
+
+
+def _embedded(run: Run, reference: Source, *, learn: bool = True) -> np.ndarray:
+    """The embedding that UMAP and the clusters read; with `learn`, Harmony is learned on it first."""
+    pipeline = run.pipeline
+    harmony = pipeline.batch_correction
+    if not learn:
+        return joined(apply_in_chunks(pipeline, reference, [pipeline.final_embedding]))[pipeline.final_embedding]
+    graph, state = nnx.split(pipeline)
+    latent = joined(map_chunks(lambda s, batch: nnx.merge(graph, s).normalise(batch), state, reference))["latent"]
+    if harmony is None:
+        return latent
+    data = {"embeddings": latent, "batch_labels": column(reference, "batch_labels")}
+    harmony.init_from(data)
+    return np.asarray(harmony.apply(data)[0]["corrected_embeddings"])
+
+
+def _settle(centroids: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Where Lloyd's rounds end from these centroids."""
+    found = KMeans(len(centroids), init=centroids, n_init=1).fit(features)
+    return np.asarray(found.cluster_centers_, centroids.dtype)
+
+
+class PerCell:
+    """An edge sampler cut to about one pass over the cells."""
+
+    def __init__(self, sampler: Sampler, n_cells: int) -> None:
+        self.sampler, self.n_cells = sampler, n_cells
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers (steps, batch_size): heads, then tails."""
+        size = max(4, min(batch_size, self.n_cells) // 2 * 2)
+        return self.sampler.order(rng, size)[: max(1, self.n_cells // size)]
+
+
+def save_progress(run: Run) -> None:
+    """Writes the pipeline between two stages."""
+    assert run.checkpoint is not None
+    arrays = {key: to_numpy(value) for key, value in run.pipeline.saved_state().items()}
+    header = {"kind": "pipeline stages", "config": repr(run.pipeline.config), "done": run.done, "rows": run.rows}
+    run.checkpoint.mkdir(parents=True, exist_ok=True)
+    storage.save_folder(run.checkpoint / "pipeline", header, arrays)
+
+
+def load_progress(run: Run) -> None:
+    """Puts the pipeline back to where `save_progress` left it."""
+    assert run.checkpoint is not None
+    header, arrays = storage.load_folder(run.checkpoint / "pipeline")
+    if header.get("kind") != "pipeline stages" or header.get("config") != repr(run.pipeline.config):
+        msg = (
+            f"resume: config differs: the checkpoint {run.checkpoint} has {header.get('config')}, this run has "
+            f"{run.pipeline.config!r}."
+        )
+        raise ModelFileError(msg)
+    run.pipeline.restore(arrays, where=str(run.checkpoint))
+    run.done, run.rows = list(header["done"]), list(header["rows"])
+
+
+def _forget(folder: Path) -> None:
+    """Removes the model folders of an earlier run, which a later resume would take for this one's."""
+    for header in folder.glob(f"*/{storage.HEADER}"):
+        shutil.rmtree(header.parent)
+
+
+def _some(source: Any, n_cells: int | None, seed: int) -> dict[str, np.ndarray]:
+    n = source.n_cells if n_cells is None else min(n_cells, source.n_cells)
+    rows = np.sort(np.random.default_rng([seed, 1]).choice(source.n_cells, n, replace=False))
+    return {key: np.asarray(value) for key, value in source.take(rows).items()}

@@ -1,0 +1,217 @@
+"""Parametric UMAP: a network that embeds cells so that neighbours stay neighbours."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ...errors import ConfigError, DataError
+from ...math.graph import Edges, find_ab_params, fuzzy_simplicial_set
+from ...math.linalg import pca
+from ...math.neighbors import knn
+from ..base import Config, Data, Operator, nonnegative, one_of, positive, setting
+
+SOFTENING = 1e-3  # umap's: squared embedding distance below which repulsion stops growing
+MOST_STEPS, FEWEST_STEPS = 50, 10  # of an epoch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UMAPConfig(Config):
+    """Settings of DifferentiableUMAP.
+
+    input_features: width of `features`.
+    n_components: dimensions of the embedding.
+    n_neighbors: cells in a neighbourhood, the cell itself counted, as in umap-learn; more keep coarser
+        structure.
+    min_dist: embedding distance below which neighbours are not pulled closer.
+    spread: scale of the embedding; at least min_dist.
+    metric: "euclidean" or "cosine" distance between the cells' features.
+    hidden_dim: width of the network's layers.
+    n_layers: how many hidden layers; 0 is a linear map.
+    n_negatives: random pairs pushed apart for each pair of neighbours pulled together.
+    """
+
+    input_features: int = positive(50)
+    n_components: int = positive(2)
+    n_neighbors: int = setting(15, ">= 2", lambda v: v >= 2)
+    min_dist: float = nonnegative(0.1)
+    spread: float = positive(1.0)
+    metric: str = one_of("euclidean", "cosine")
+    hidden_dim: int = positive(100)
+    n_layers: int = nonnegative(3)
+    n_negatives: int = positive(5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_dist > self.spread:
+            msg = f"UMAPConfig.min_dist must be at most spread ({self.spread}), got {self.min_dist}."
+            raise ConfigError(msg)
+
+    @property
+    def n_features(self) -> int:
+        """The size of the axis `features`, under the name that messages use."""
+        return self.input_features
+
+
+class UMAPOutput(TypedDict):
+    """embedding: coordinates of each cell."""
+
+    embedding: Float[Array, "cells components"]
+
+
+class DifferentiableUMAP(Operator):
+    """Embeds cells by a network trained on the cross entropy of fuzzy neighbour graphs (parametric UMAP).
+
+    McInnes et al. 2018 for graph and loss, Sainburg et al. 2021 for the network. Which cells are neighbours
+    and their weights come once from all the training data, outside the gradient; minibatches of edges, drawn
+    by weight, and random pairs train the network, which then embeds new cells too. In place of a spectral
+    layout the network is a linear map plus a correction, and the linear map starts from the principal
+    components, so that the arrangement of distant groups starts from the data.
+    """
+
+    config: UMAPConfig
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        "max_epochs": 100, "batch_size": 2048, "learning_rate": 2e-3, "validation": 0.0,
+    }
+
+    def __init__(self, config: UMAPConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.fitted = False
+        self.a, self.b = find_ab_params(config.spread, config.min_dist)
+        self.center = nnx.BatchStat(jnp.zeros(config.input_features))
+        self.scale = nnx.BatchStat(jnp.ones(()))
+        widths = [config.input_features] + [config.hidden_dim] * config.n_layers
+        self.layers = nnx.List(
+            [nnx.Linear(before, after, rngs=rngs) for before, after in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.head = nnx.Linear(widths[-1], config.n_components, rngs=rngs)
+        self.linear = nnx.Linear(config.input_features, config.n_components, use_bias=False, rngs=rngs)
+        self.negatives = rngs.negatives.fork()
+
+    def __call__(self, features: Float[Array, "cells features"]) -> UMAPOutput:
+        """features: such as principal components, on the scale of the data that the operator was fitted to."""
+        x = self._standardised(features)
+        h = x
+        for layer in self.layers:
+            h = jax.nn.silu(layer(h))
+        return {"embedding": self.linear(x) + self.head(h)}
+
+    def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:
+        """Cross entropy of a batch whose first half are edges' heads and second half their tails.
+
+        -log q(head, tail) for each edge and -log(1 - q) for n_negatives pairs of a head and another edge's
+        tail, q = 1 / (1 + a d^(2b)). Which pairs: random in train mode, fixed in eval mode.
+
+        Raises:
+            DataError: the batch holds fewer than two edges, so that there are no negatives.
+        """
+        y = self(self._inputs(data)["features"])["embedding"]
+        n = len(y) // 2
+        if n < 2:
+            msg = f"DifferentiableUMAP: a batch needs at least 4 cells (heads and tails of 2 edges), got {len(y)}."
+            raise DataError(msg)
+        heads, tails = y[:n], y[n : 2 * n]
+        shifts = self._shifts(n)
+        others = tails[(jnp.arange(n) + shifts[:, None]) % n]
+        attraction = jnp.log1p(self.a * _softened(heads - tails) ** self.b).mean()
+        far = _softened(heads - others)
+        repulsion = (jnp.log1p(self.a * far**self.b) - jnp.log(self.a) - self.b * jnp.log(far)).mean(axis=1).sum()
+        return attraction + repulsion, {"attraction": attraction, "repulsion": repulsion}
+
+    def init_from(self, data: dict[str, np.ndarray]) -> None:
+        """Takes centre and scale from `data`; the linear map becomes its principal components."""
+        features = _directions(np.asarray(data["features"])) if self.config.metric == "cosine" else data["features"]
+        x = np.asarray(features, np.float32)
+        center = x.mean(axis=0)
+        scale = float(np.sqrt(((x - center) ** 2).mean()))
+        self.center[...] = jnp.asarray(center)
+        self.scale[...] = jnp.asarray(scale if scale > 0 else 1.0, jnp.float32)
+        found = pca(x, min(self.config.n_components, *x.shape))
+        start = np.zeros((self.config.input_features, self.config.n_components), np.float32)
+        largest = float(np.sqrt(found.variance[0]))
+        if largest > 0:
+            # a spread of the whole map like that of umap's spectral start
+            start[:, : len(found.components)] = found.components.T * (INITIAL * self.config.spread * scale / largest)
+        self.linear.kernel[...] = jnp.asarray(start)
+        self.head.kernel[...] = self.head.kernel[...] * HEAD
+
+    def sampler(self, data: dict[str, np.ndarray]) -> "EdgeSampler":
+        """Builds the fuzzy neighbour graph of all cells; `fit` draws its minibatches from it.
+
+        Raises:
+            ConfigError: n_neighbors is larger than the number of cells.
+        """
+        features, k = data["features"], self.config.n_neighbors
+        if k > len(features):
+            msg = f"UMAPConfig.n_neighbors must be at most the number of cells, {len(features)}, got {k}."
+            raise ConfigError(msg)
+        return EdgeSampler(fuzzy_simplicial_set(*knn(features, k - 1, metric=self.config.metric)))
+
+    @classmethod
+    def examples(cls) -> dict[str, tuple["DifferentiableUMAP", Data]]:
+        """One for each metric."""
+        data = {"features": 2.0 * jax.random.normal(jax.random.key(0), (24, 6)) + 1.0}
+        return {
+            metric: (
+                cls(UMAPConfig(input_features=6, n_neighbors=5, hidden_dim=8, n_layers=2, metric=metric),
+                    rngs=nnx.Rngs(0)),
+                data,
+            )
+            for metric in ("euclidean", "cosine")
+        }
+
+    def _standardised(self, features: Float[Array, "cells features"]) -> Float[Array, "cells features"]:
+        if self.config.metric == "cosine":
+            features = _directions(features)
+        return (features - self.center[...]) / self.scale[...]
+
+    def _shifts(self, n: int) -> Array:
+        """Partner of head i: the tail of edge i + shift; never its own."""
+        if self.training:
+            return jax.random.randint(self.negatives(), (self.config.n_negatives,), 1, n)
+        return 1 + jnp.arange(self.config.n_negatives) * (n - 1) // self.config.n_negatives
+
+    def _fixed_axes(self) -> dict[str, int]:
+        return {"features": self.config.input_features, "components": self.config.n_components}
+
+
+class EdgeSampler:
+    """Draws the edges of a weighted graph, each about as often as its weight says."""
+
+    def __init__(self, edges: Edges) -> None:
+        self.rows, self.columns = edges.rows, edges.columns
+        self.cumulative = np.cumsum(np.asarray(edges.weights, np.float64))
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers of an epoch's batches (steps, batch_size): heads, then tails.
+
+        An epoch passes once over the edges, in 10 to 50 batches: few cells need as many steps of the network
+        as thousands, and of very many cells a part is enough.
+        """
+        pairs = batch_size // 2
+        total = self.cumulative[-1]
+        steps = int(np.clip(np.ceil(total / pairs), FEWEST_STEPS, MOST_STEPS))
+        # evenly spaced along the cumulative weight: less noise than independent draws
+        at = (np.arange(steps * pairs) + rng.random()) * (total / (steps * pairs))
+        drawn = np.minimum(np.searchsorted(self.cumulative, at, side="right"), len(self.cumulative) - 1)
+        drawn = rng.permutation(drawn).reshape(steps, pairs)
+        return np.concatenate([self.rows[drawn], self.columns[drawn]], axis=1)
+
+
+def _softened(gap: Float[Array, "*batch components"]) -> Float[Array, "*batch"]:
+    return (gap**2).sum(axis=-1) + SOFTENING
+
+
+def _directions(x: Any) -> Any:
+    """Rows of length 1: cosine distance knows no length; a zero row stays zero."""
+    squared = (x**2).sum(axis=1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
+
+
+INITIAL = 3.0
+HEAD = 1.0

@@ -1,0 +1,1 @@
+"""Small flax.nnx blocks that operators and models are made of."""

@@ -1,0 +1,292 @@
+"""The count VAE (scVI, Lopez et al. 2018), in parts: encoder, reparameterised sample, decoder, likelihood.
+
+    z ~ N(0, I),  fraction = softmax(f(z, batch)),  x_g ~ ZINB(library * fraction_g, theta_g, pi_g(z, batch))
+
+with q(z | x) a Gaussian whose mean and variance a network reads off log(1 + x).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..errors import DataError
+from ..math.distributions import gaussian_kl, nb_log_prob, poisson_log_prob, zinb_log_prob
+from .mlp import MLP
+
+LIKELIHOODS = ("zinb", "nb", "poisson")
+DISPERSIONS = ("gene", "gene-group", "gene-cell")
+
+# Stand-ins where a likelihood lacks a parameter, so that (log_rate, log_theta, pi_logit) always says the
+# fitted distribution as a ZINB, to float32 rounding: variance mu + mu² e^-30, and 1e-13 extra zeros.
+POISSON_LOG_THETA = 30.0
+NO_EXTRA_ZEROS = -30.0
+
+LEAST_VARIANCE = 1e-4  # of q(z | x), as in scVI: keeps the KL divergence finite
+SMALL = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Linear, as in scVI
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian for every cell."""
+
+    mean: Float[Array, "cells latent"]
+    logvar: Float[Array, "cells latent"]
+
+
+class CountDistribution(NamedTuple):
+    """A distribution of counts for every cell and gene; parameters that a likelihood lacks are its limits."""
+
+    log_rate: Float[Array, "cells genes"]
+    log_theta: Float[Array, "*genes"]  # (genes,), or (cells, genes)
+    pi_logit: Float[Array, "*genes"]  # (cells, genes), or () where there are no extra zeros
+
+
+class Encoder(nnx.Module):
+    """q(. | x) = N(mean(h), exp(logvar(h))) with h a network of x."""
+
+    def __init__(
+        self,
+        n_inputs: int,
+        latent_dim: int,
+        *,
+        hidden_dims: tuple[int, ...],
+        n_covariates: int = 0,
+        deep: bool = True,
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.network = MLP(
+            n_inputs, hidden_dims, n_covariates=n_covariates, deep=deep, dropout_rate=dropout_rate, rngs=rngs
+        )
+        self.mean = nnx.Linear(self.network.n_outputs, latent_dim, kernel_init=SMALL, rngs=rngs)
+        self.logvar = nnx.Linear(self.network.n_outputs, latent_dim, kernel_init=SMALL, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "cells inputs"], covariates: Float[Array, "cells covariates"] | None = None
+    ) -> Gaussian:
+        """Mean and log variance for every cell."""
+        h = self.network(x, covariates)
+        floor = jnp.asarray(math.log(LEAST_VARIANCE), h.dtype)
+        return Gaussian(self.mean(h), jnp.logaddexp(self.logvar(h), floor))
+
+
+class GaussianSample(nnx.Module):
+    """mean + sd * noise in train mode, from its own random stream; the mean in eval mode (as it is born)."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.noise = rngs.noise.fork()
+        self.deterministic = True
+
+    def __call__(self, q: Gaussian) -> Float[Array, "cells latent"]:
+        """One position per cell."""
+        if self.deterministic:
+            return q.mean
+        return q.mean + jnp.exp(0.5 * q.logvar) * jax.random.normal(self.noise(), q.mean.shape, q.mean.dtype)
+
+
+class Decoder(nnx.Module):
+    """From a latent position to log gene fractions (rows sum to 1), dispersion and extra zeros.
+
+    likelihood: 'zinb' | 'nb' | 'poisson'.
+    dispersion: of theta: 'gene', 'gene-group' (a row for each of n_groups batches or labels), 'gene-cell'.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        n_genes: int,
+        *,
+        hidden_dims: tuple[int, ...],
+        n_covariates: int = 0,
+        deep: bool = True,
+        likelihood: str = "zinb",
+        dispersion: str = "gene",
+        n_groups: int = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.likelihood = likelihood
+        self.dispersion = dispersion
+        self.network = MLP(latent_dim, hidden_dims, n_covariates=n_covariates, deep=deep, rngs=rngs)
+
+        def head() -> nnx.Linear:
+            return nnx.Linear(self.network.n_outputs, n_genes, kernel_init=SMALL, rngs=rngs)
+
+        self.fraction = head()
+        self.extra_zeros = nnx.data(head() if likelihood == "zinb" else None)
+        self.cell_theta = nnx.data(head() if likelihood != "poisson" and dispersion == "gene-cell" else None)
+        shape = (n_genes,) if dispersion == "gene" else (n_groups, n_genes)
+        has_theta = likelihood != "poisson" and dispersion != "gene-cell"
+        self.log_theta = nnx.data(nnx.Param(jnp.zeros(shape)) if has_theta else None)
+
+    def __call__(
+        self,
+        z: Float[Array, "cells latent"],
+        log_library: Float[Array, "cells"],
+        covariates: Float[Array, "cells covariates"] | None = None,
+        groups: Float[Array, "cells groups"] | None = None,
+    ) -> CountDistribution:
+        """Decodes. groups: one row of weights (one-hot) for the dispersion 'gene-group'."""
+        h = self.network(z, covariates)
+        log_fraction = jax.nn.log_softmax(self.fraction(h), axis=-1)
+        none = jnp.asarray(NO_EXTRA_ZEROS, h.dtype)
+        pi_logit = none if self.extra_zeros is None else self.extra_zeros(h)
+        return CountDistribution(log_fraction + log_library[:, None], self._log_theta(h, groups), pi_logit)
+
+    def _log_theta(self, h: jax.Array, groups: jax.Array | None) -> jax.Array:
+        if self.cell_theta is not None:
+            return self.cell_theta(h)
+        if self.log_theta is None:
+            return jnp.full((self.fraction.out_features,), POISSON_LOG_THETA, h.dtype)
+        log_theta = jnp.asarray(self.log_theta[...], h.dtype)
+        if self.dispersion == "gene":
+            return log_theta
+        # cells of an unknown group take the groups' mean
+        known = jnp.zeros((h.shape[0], log_theta.shape[0]), h.dtype) if groups is None else groups
+        return known @ log_theta + (1.0 - known.sum(-1, keepdims=True)) * log_theta.mean(0)
+
+
+class CountVAE(nnx.Module):
+    """A variational autoencoder of counts with observed library size. Born in eval mode.
+
+    n_genes: width of the counts.
+    latent_dim: width of z.
+    hidden_dims: of the encoder; the decoder has them in reverse.
+    likelihood: 'zinb' | 'nb' | 'poisson'.
+    n_batches: more than one injects the batch into every decoder layer.
+    encode_batch: also into the encoder.
+    dispersion: 'gene', 'gene-group' (a row per batch) or 'gene-cell'.
+    dropout_rate: in the encoder.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        latent_dim: int,
+        *,
+        hidden_dims: tuple[int, ...],
+        likelihood: str = "zinb",
+        n_batches: int = 1,
+        encode_batch: bool = False,
+        dispersion: str = "gene",
+        dropout_rate: float = 0.1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        n_covariates = n_batches if n_batches > 1 else 0
+        self.encode_batch = encode_batch
+        self.encoder = Encoder(
+            n_genes,
+            latent_dim,
+            hidden_dims=hidden_dims,
+            n_covariates=n_covariates if encode_batch else 0,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+        self.sample = GaussianSample(rngs=rngs)
+        self.decoder = Decoder(
+            latent_dim,
+            n_genes,
+            hidden_dims=hidden_dims[::-1],
+            n_covariates=n_covariates,
+            likelihood=likelihood,
+            dispersion=dispersion,
+            n_groups=n_batches,
+            rngs=rngs,
+        )
+
+    def encode(
+        self, counts: Float[Array, "cells genes"], batch: Float[Array, "cells batches"] | None = None
+    ) -> Gaussian:
+        """q(z | counts, batch)."""
+        return self.encoder(jnp.log1p(counts), batch if self.encode_batch else None)
+
+    def decode(
+        self,
+        z: Float[Array, "cells latent"],
+        log_library: Float[Array, "cells"],
+        batch: Float[Array, "cells batches"] | None = None,
+    ) -> CountDistribution:
+        """p(counts | z, library, batch); without a batch, as if no batch had an effect."""
+        wide = batch if self.decoder.network.n_covariates else None
+        return self.decoder(z, log_library, wide, batch)
+
+    def loss(
+        self,
+        counts: Float[Array, "cells genes"],
+        library: Float[Array, "cells"],
+        batch: Float[Array, "cells batches"] | None = None,
+    ) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
+        """-log p(counts | z) and KL(q(z | counts) || N(0, I)) of every cell, in nats; their sum: -ELBO."""
+        q = self.encode(counts, batch)
+        p = self.decode(self.sample(q), log_positive(library), batch)
+        return -count_log_prob(self.decoder.likelihood, counts, p), gaussian_kl(q.mean, q.logvar)
+
+    def start_from(self, counts: np.ndarray, library: np.ndarray) -> None:
+        """Starts the output at the mean gene fractions and, by moments, theta: saves the first epochs.
+
+        counts: (cells, genes) on the host. library: (cells,).
+        """
+        fraction, theta = moments(counts, library)
+        decoder = self.decoder
+        starts = [(decoder.fraction.bias, fraction), (decoder.log_theta, theta)]
+        if decoder.cell_theta is not None:
+            starts.append((decoder.cell_theta.bias, theta))
+        for param, start in starts:
+            if param is not None:
+                value = jnp.asarray(np.log(start), param[...].dtype)
+                param.set_value(jnp.broadcast_to(value, param[...].shape))
+
+
+def count_log_prob(
+    likelihood: str, counts: Float[Array, "cells genes"], p: CountDistribution
+) -> Float[Array, "cells"]:
+    """Log p(counts) of every cell, summed over genes. likelihood: 'zinb' | 'nb' | 'poisson'."""
+    if likelihood == "poisson":
+        return poisson_log_prob(counts, p.log_rate).sum(-1)
+    if likelihood == "nb":
+        return nb_log_prob(counts, p.log_rate, p.log_theta).sum(-1)
+    return zinb_log_prob(counts, p.log_rate, p.log_theta, p.pi_logit).sum(-1)
+
+
+def log_positive(library: Float[Array, "cells"]) -> Float[Array, "cells"]:
+    """Log of the library size; an empty cell counts as a library of 1, so that its rates stay finite."""
+    return jnp.log(jnp.where(library > 0, library, 1.0))
+
+
+def one_hot_batch(
+    batch_labels: Int[Array, "cells"] | None, n_batches: int, *, who: str
+) -> Float[Array, "cells batches"] | None:
+    """One row per cell, all zeros for a batch that is not known; None without labels.
+
+    Raises:
+        DataError: a label is not in 0..n_batches-1 (under jit, where it cannot raise, that row is zeros).
+    """
+    if batch_labels is None:
+        return None
+    if not isinstance(batch_labels, jax.core.Tracer):
+        labels = np.asarray(batch_labels)
+        odd = labels[(labels < 0) | (labels >= n_batches)]
+        if odd.size:
+            label = int(odd.max() if odd.max() >= n_batches else odd.min())
+            fix = f"pass n_batches={label + 1}" if label >= n_batches else "labels start at 0"
+            msg = f"{who}: batch_labels holds label {label}, but n_batches is {n_batches}; {fix}."
+            raise DataError(msg)
+    return jax.nn.one_hot(batch_labels, n_batches)
+
+
+def moments(counts: np.ndarray, library: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean gene fractions and inverse dispersion by moments, over cells that differ in library size alone.
+
+    theta = sum mu² / sum((x - mu)² - mu), kept in 0.1 to 100: cell types make the variance too large, few
+    cells make it noisy. Genes without counts get half a count.
+    """
+    total = max(float(library.sum()), 1.0)
+    fraction = (counts.sum(0, dtype=np.float64) + 0.5) / total
+    fraction /= fraction.sum()
+    mu = np.outer(library, fraction)
+    excess = ((counts - mu) ** 2 - mu).sum(0)
+    theta = np.where(excess > 0, (mu**2).sum(0) / np.maximum(excess, 1e-12), 100.0)
+    return fraction, np.clip(theta, 0.1, 100.0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
-from diffbio.data.matrix import check_indptr, encoding, stored_shape
+from diffbio.data.matrix import check_indptr, encoding, frame_length, stored_shape
 from diffbio.errors import DeviceMemoryError, InputFileError
 
 if TYPE_CHECKING:
@@ -388,18 +388,10 @@ def _check_sparse(group: Any, name: str, path: Path) -> None:
     check_indptr(indptr, n_rows if kind == "csr" else n_columns, n_values, where)
 
 
-def _length(frame: Any) -> int | None:
-    """Return the number of rows of a stored data frame, None where that cannot be told."""
-    if hasattr(frame, "shape"):
-        return int(frame.shape[0])
-    index = frame.attrs.get("_index")
-    return int(frame[index].shape[0]) if index in frame and hasattr(frame[index], "shape") else None
-
-
 def _check_shapes(store: Any, path: Path) -> None:
     """Check the shapes of X and the layers against the lengths of obs and var."""
     try:
-        lengths = tuple(_length(store[slot]) if slot in store else None for slot in ("obs", "var"))
+        lengths = tuple(frame_length(store[slot]) if slot in store else None for slot in ("obs", "var"))
         matrices = {"X": store["X"]} if "X" in store else {}
         if "layers" in store:
             matrices |= {f"layers/{name}": store["layers"][name] for name in store["layers"]}

@@ -52,6 +52,17 @@ def stored_shape(element: Any) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
+def frame_length(frame: Any) -> int:
+    """Return the number of rows of a stored data frame (a group of columns, or one compound array)."""
+    if hasattr(frame, "shape"):
+        return int(frame.shape[0])
+    index = frame[frame.attrs["_index"]]
+    for part in ("values", "codes"):  # strings that may be missing, and categories, are groups themselves
+        if not hasattr(index, "shape") and part in index:
+            index = index[part]
+    return int(index.shape[0])
+
+
 def check_indptr(indptr: NDArray[np.integer], n_rows: int, nnz: int, where: str) -> None:
     """Raise `InputFileError` unless `indptr` (n_rows + 1,) starts at 0, never falls, and ends at `nnz`."""
     if indptr.shape != (n_rows + 1,):

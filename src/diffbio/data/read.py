@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import warnings
 from pathlib import Path
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide warnings of anndata about itself and pandas; what a user should know is checked in our words."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read(path: str | Path | AnnData, *, backed: bool = False) -> AnnData:
@@ -78,8 +87,7 @@ def _read_h5ad(path: Path, *, backed: bool = False) -> AnnData:
 
     check_h5ad(path, backed=backed)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # duplicate names and old layouts: checked and told in our words
+        with quiet():
             adata = read_h5ad(path, backed="r" if backed else None)
     except Exception as error:
         msg = f"is damaged: it cannot be read as h5ad; {path}; make a fresh copy"
@@ -92,8 +100,7 @@ def _read_zarr(path: Path) -> AnnData:
     from anndata import read_zarr
 
     check_zarr(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         adata = read_zarr(path)
     check_indices(adata, path)
     return adata
@@ -156,7 +163,8 @@ def _assemble(matrix: Any, barcodes: list[str], var: pd.DataFrame, path: Path) -
     obs = pd.DataFrame(index=pd.Index(barcodes, dtype=object))
     small = matrix.nnz == 0 or np.abs(matrix.data).max() < 2**24
     matrix = matrix.astype(np.float32 if small else np.float64)
-    return AnnData(sparse.csr_matrix(matrix), obs=obs, var=var)
+    with quiet():
+        return AnnData(sparse.csr_matrix(matrix), obs=obs, var=var)
 
 
 def _warn(message: str) -> None:

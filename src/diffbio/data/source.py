@@ -15,7 +15,7 @@ from scipy import sparse
 from diffbio.data.guard import check_h5ad, check_zarr, open_zarr, opened, sniff
 from diffbio.data.matrix import DiskMatrix, Rows, checked_csr, encoding
 from diffbio.data.names import batch_codes
-from diffbio.data.read import read
+from diffbio.data.read import quiet, read
 from diffbio.errors import DataError, DataWarning, MissingKeyError
 
 if TYPE_CHECKING:
@@ -250,7 +250,8 @@ def _file_source(
     if adata is None:
         wanted = {place.split("/")[0] for place in (*cell_places.values(), *constant_places.values())}
         slots = [slot for slot in ("obs", "var", "varm", "uns") if slot in wanted and slot in store]
-        adata = InMemory(**{slot: cast("Any", read_elem(store[slot])) for slot in slots})
+        with quiet():
+            adata = InMemory(**{slot: cast("Any", read_elem(store[slot])) for slot in slots})
     categories: dict[str, tuple[str, ...]] = {}
     matrices: dict[str, DiskMatrix] = {}
     cells: dict[str, Any] = {}

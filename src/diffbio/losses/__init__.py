@@ -1,0 +1,3 @@
+"""Losses: callables on arrays."""
+
+from .vae import VAELoss as VAELoss

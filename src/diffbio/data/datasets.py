@@ -124,11 +124,10 @@ def stream_counts(
     def made() -> Iterator[NDArray[np.float32]]:
         for start in range(0, n_cells, chunk_rows):
             here = slice(start, min(start + chunk_rows, n_cells))
-            size = rng.normal(0.0, 0.4, len(kind[here]))[:, None]
-            mean = np.exp(level + by_type[kind[here]] + by_batch[batch[here]] + size)
-            yield rng.poisson(mean * rng.standard_gamma(dispersion, mean.shape) / dispersion).astype(
-                np.float32
-            )
+            size = rng.normal(0.0, 0.4, len(kind[here])).astype(np.float32)[:, None]
+            mean = np.exp(by_type[kind[here]] + by_batch[batch[here]] + size) / np.float32(dispersion)
+            mean *= rng.standard_gamma(dispersion, mean.shape, dtype=np.float32)
+            yield rng.poisson(mean).astype(np.float32)
 
     obs = pd.DataFrame(
         {

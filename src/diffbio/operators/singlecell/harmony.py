@@ -181,26 +181,20 @@ class DifferentiableHarmony(Operator):
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableHarmony", Data]]:
-        """Two batches that correct themselves, three, and new cells with a stored reference."""
+        """Cells of three batches that correct themselves, and new cells with a stored reference."""
+        config = BatchCorrectionConfig(n_clusters=3, n_features=4, n_batches=3, n_iterations=2, n_rounds=3)
 
-        def cells(n: int, n_batches: int, seed: int) -> Data:
+        def cells(seed: int) -> Data:
             keys = jax.random.split(jax.random.key(seed), 3)
-            sizes = (n, 3, n_batches)
-            x, kinds, shifts = (jax.random.normal(k, (m, 4)) for k, m in zip(keys, sizes, strict=True))
-            labels = jnp.arange(n) % n_batches
-            x = x + 3 * kinds[jnp.arange(n) // n_batches % 3] + shifts[labels]
-            return {"embeddings": x, "batch_labels": labels}
+            x, kinds, shifts = (jax.random.normal(k, (m, 4)) for k, m in zip(keys, (15, 3, 3), strict=True))
+            labels = jnp.arange(15) % 3
+            return {"embeddings": x + 3 * kinds[jnp.arange(15) // 5] + shifts[labels], "batch_labels": labels}
 
-        def op(**settings: Any) -> DifferentiableHarmony:
-            config = BatchCorrectionConfig(n_clusters=3, n_features=4, n_iterations=2, n_rounds=3, **settings)
-            return cls(config, rngs=nnx.Rngs(0))
-
-        stored = op(n_batches=2)
-        stored.init_from(cells(16, 2, seed=1))
+        stored = cls(config, rngs=nnx.Rngs(0))
+        stored.init_from(cells(seed=1))
         return {
-            "two batches": (op(n_batches=2), cells(12, 2, seed=0)),
-            "three batches, strict": (op(n_batches=3, theta=4.0, sigma=0.2, lamb=0.5), cells(15, 3, seed=2)),
-            "new cells, stored reference": (stored, cells(6, 2, seed=3)),
+            "corrects itself": (cls(config, rngs=nnx.Rngs(0)), cells(seed=0)),
+            "stored reference": (stored, cells(seed=2)),
         }
 
 

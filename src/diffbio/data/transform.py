@@ -26,7 +26,7 @@ def per_cell(counts: Any, *, total: float | None = None) -> Any:
 
 
 def shifted_log(counts: Any, *, total: float | None = None) -> Any:
-    """log(1 + x_ij * total / sum_j x_ij), as scanpy's normalize_total and log1p (Ahlmann-Eltze & Huber 2023)."""
+    """log(1 + x_ij * total / sum_j x_ij), scanpy's normalize_total and log1p (Ahlmann-Eltze & Huber 2023)."""
     scaled = per_cell(counts, total=total)
     return _like(scaled, np.log1p(scaled.data)) if sparse.issparse(scaled) else np.log1p(scaled)
 

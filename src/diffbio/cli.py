@@ -1,0 +1,420 @@
+"""The `diffbio` command line. Imports nothing heavy until a command needs it: `--help` answers at once."""
+
+# ruff: noqa: FBT002 - switches are booleans, which typer reads from the signature
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .errors import ConfigError, DataWarning, DiffBioError, InputFileError, OutputError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Differentiable single-cell analysis: correct, embed and cluster cells.",
+    epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or setting, 3 bad data, 4 unusable checkpoint "
+    "or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
+)  # fmt: skip
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output file.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show how training goes.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Runs one command; returns its exit code. Errors become one line on stderr."""
+    debug = "--debug" in arguments
+    usage_error: Any = typer.BadParameter.__mro__[1]  # click's, which typer carries under a private name
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a name in another alphabet must not end a run in a C locale
+    try:
+        with _signals(), _warnings(debug=debug):
+            code = app(arguments, prog_name="diffbio", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except usage_error as error:
+        _fail(f"{error.format_message()}; see diffbio {_command(arguments)}--help")
+        return 2
+    except (typer.Abort, KeyboardInterrupt, _Terminated) as error:
+        code = 143 if isinstance(error, _Terminated) else 130
+        _fail(f"stopped by {'SIGTERM' if code == 143 else 'SIGINT'}; nothing was written")
+        return code
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            return error.code if isinstance(error.code, int) else 1
+        if debug:
+            raise
+        code, message = explain(error)
+        _fail(message)
+        return code
+    finally:
+        _flush()
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and one-line message for an error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, DiffBioError):
+        return error.exit_code, text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return 6, (
+            f"out of memory ({text[:160]}); pass a smaller --batch-size, fewer genes (--n-top-genes), or "
+            "--stream to leave the counts on disk"
+        )
+    if isinstance(error, OSError):
+        where = f"; {error.filename}" if error.filename else ""
+        return 5, f"{error.strerror or text}{where}; free space, or choose another place"
+    return 1, (
+        f"internal error, {type(error).__name__}: {text[:300]}; this is a fault of diffbio; run again with "
+        "--debug and report the traceback with the output of diffbio doctor"
+    )
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        say(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn at random.")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Analyse 700 real blood cells, which an installed package carries, and draw the results."""
+    from .data.datasets import pbmc68k
+    from .data.write import write_results
+    from .report.figures import DEMO_FILES
+
+    strangers = (
+        sorted(p.name for p in folder.iterdir() if p.name not in DEMO_FILES) if folder.is_dir() else []
+    )
+    if strangers:
+        msg = f"holds {strangers[0]!r}, which the demo did not make; {folder}; name another folder"
+        raise OutputError(msg)
+    _make(folder)
+    cells = folder / "cells.h5ad"
+    write_results(pbmc68k(), cells, {}, overwrite=True)
+    _run(
+        cells,
+        folder / "out.h5ad",
+        {"label_key": "cell_type", "seed": seed},
+        figures=folder,
+        force=True,
+        quiet=quiet,
+    )
+    say(f"now your own cells: diffbio run cells.h5ad -o out.h5ad --batch-key COLUMN --figures {folder}")
+
+
+@app.command()
+def run(
+    cells: Annotated[Path, typer.Argument(help="Counts: .h5ad, .zarr, 10x .h5, or a 10x folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .h5ad or .zarr to write.")],
+    batch_key: Annotated[str | None, typer.Option(help="Column of obs to correct for.")] = None,
+    label_key: Annotated[str | None, typer.Option(help="Column of obs to compare the clusters with.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; options on the line win.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures and report.html.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of the counts instead of X.")] = None,
+    ambient_profile: Annotated[
+        str | None,
+        typer.Option(help="Column of var with the soup's gene fractions. [default: ambient_profile]"),
+    ] = None,
+    n_top_genes: Annotated[
+        int | None, typer.Option(min=0, help="Variable genes to use; 0 uses all. [default: 2000]")
+    ] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters. [default: 10]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the cells at most, in each stage.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Cells in a minibatch; fewer need less memory.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random. [default: 0]")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--in-memory", help="Leave the counts on disk. [default: if they are large]"),
+    ] = None,
+    normalized: Annotated[
+        bool, typer.Option("--normalized", help="Also write the normalised layer.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder to save training in. [default: OUTPUT.checkpoint, removed at the end]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    force: Force = False,
+    allow_non_integer: Annotated[
+        bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Correct, embed and cluster cells, and write them with the results to a new file."""
+    settings = {} if config is None else settings_from(config)
+    given = {
+        "batch_key": batch_key, "label_key": label_key, "layer": layer, "ambient_profile": ambient_profile,
+        "n_top_genes": n_top_genes, "n_clusters": n_clusters, "max_epochs": epochs, "batch_size": batch_size,
+        "seed": seed, "allow_non_integer": allow_non_integer or None,
+    }  # fmt: skip
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if settings.get("n_top_genes") == 0:
+        settings["n_top_genes"] = None
+    _run(
+        cells, output, settings, figures=figures, stream=stream, normalized=normalized, checkpoint=checkpoint,
+        resume=resume, force=force, quiet=quiet,
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="A file that diffbio run wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page about the results in a file: warnings, figures, settings, versions."""
+    from .data.read import read
+    from .report.page import write_report
+
+    if output.exists() and not force:
+        msg = f"exists; {output}; choose another name, or pass --force"
+        raise OutputError(msg)
+    say(f"wrote {write_report(read(file, backed=file.suffix == '.h5ad'), output)}")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A .h5ad, .zarr, 10x .h5, or a 10x folder.")],
+    debug: Debug = False,
+) -> None:
+    """Tell what is in a file: its size, layers, columns, and whether there are counts."""
+    from .report.facts import facts_of
+
+    for line in facts_of(file):
+        say(line)
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Tell versions, devices and folders, for a bug report."""
+    from .report.facts import facts_of_this_machine
+
+    for line in facts_of_this_machine():
+        say(line)
+
+
+def settings_from(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        ConfigError: it is no mapping of names to values, or gives a name twice.
+        InputFileError: it cannot be read.
+    """
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """Refuses repeated names, of which YAML would silently keep the last."""
+
+    def mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001 - PyYAML's
+        names = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+            msg = f"{path}: setting {repeated[0]!r} is given twice; keep one"
+            raise ConfigError(msg)
+        return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
+    except OSError as error:
+        msg = f"cannot be read ({error.strerror}); {path}; check the name after --config"
+        raise InputFileError(msg) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        msg = f"{path} is not valid YAML: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        msg = f"{path}: expected lines such as 'n_clusters: 12', got {type(found).__name__}"
+        raise ConfigError(msg)
+    return found
+
+
+def _run(
+    cells: Path,
+    output: Path,
+    settings: dict[str, Any],
+    *,
+    figures: Path | None,
+    stream: bool | None = None,
+    normalized: bool = False,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Checks what can be checked, then analyses, writes and draws."""
+    from .data.write import check_output, write_results
+
+    if cells.exists() and output.exists() and cells.samefile(output):
+        msg = f"is the input itself; {output}; choose another name for the output"
+        raise OutputError(msg)
+    check_output(output, force, n_bytes=_size(cells))
+    if figures is not None:
+        _make(figures)
+    from .errors import TrainingInterrupted
+    from .pipelines.run import analyse, should_stream, sorted_out
+
+    sorted_out(settings)
+    on_disk = should_stream(cells) if stream is None else stream
+    if on_disk and stream is None:
+        say(f"{cells.name} is large: its counts stay on disk (--in-memory loads them)", err=True)
+    folder = checkpoint or output.with_name(f"{output.name}.checkpoint")
+    try:
+        analysis = analyse(
+            cells, on_disk=on_disk, checkpoint=folder, resume=resume, progress=not quiet, **settings
+        )
+    except TrainingInterrupted as error:
+        again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
+        msg = f"{error} To go on: {again}"
+        raise TrainingInterrupted(msg, error.exit_code) from error
+    results = analysis.results(normalized=normalized)
+    write_results(cells, output, results, overwrite=force)
+    if checkpoint is None:
+        _remove_checkpoint(folder)
+    written = [output]
+    if figures is not None:
+        from .data.read import read
+        from .report.figures import save_figures
+        from .report.page import write_report
+
+        adata = read(output, backed=output.suffix == ".h5ad")
+        written += [*save_figures(adata, figures), write_report(adata, figures / "report.html")]
+    for line in analysis.summary():
+        say(line)
+    say("wrote " + ", ".join(str(path) for path in written))
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        msg = f"cannot be made ({error.strerror}); {folder}; choose another folder"
+        raise OutputError(msg) from error
+    if not writable:
+        msg = f"cannot be written to; {folder}; choose another folder"
+        raise OutputError(msg)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Removes the model folders in `folder`, then `folder` if nothing else is in it."""
+    import shutil
+
+    for header in folder.glob("*/model.json"):
+        shutil.rmtree(header.parent, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Prints a line; a reader that has gone away (`| head`) does not end the run."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        _abandon(stream)
+
+
+def _abandon(stream: Any) -> None:
+    """Lets all further output of `stream` go nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            _abandon(stream)
+
+
+def _fail(message: str) -> None:
+    if message.startswith("error: "):
+        message = message.removeprefix("error: ")
+    say(f"error: {' '.join(message.split())}", err=True)
+
+
+def _command(arguments: list[str]) -> str:
+    names = {"demo", "run", "report", "info", "doctor"}
+    return f"{arguments[0]} " if arguments and arguments[0] in names else ""
+
+
+class _Terminated(BaseException):
+    """SIGTERM came while no training ran."""
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM raises, so that temporary files are removed on the way out."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _warnings(*, debug: bool) -> Iterator[None]:
+    """Shows warnings about the data as `warning: ...`; others are for developers (--debug)."""
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, DataWarning):
+            say(f"warning: {' '.join(str(message).split())}", err=True)
+        elif debug:
+            say(warnings.formatwarning(message, category, *where[:2]).rstrip(), err=True)
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()  # PYTHONWARNINGS=error is meant for developers' code, not to end a user's run
+        warnings.simplefilter("default" if debug else "ignore")
+        warnings.filterwarnings("always", category=DataWarning)
+        warnings.showwarning = show
+        yield
+
+
+if __name__ == "__main__":
+    main()

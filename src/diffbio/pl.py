@@ -1,0 +1,369 @@
+"""Figures of what `pp` and `tl` wrote; each function returns matplotlib axes."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import DataError, MissingKeyError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+# Okabe & Ito's colours, then colours far from all before them also to eyes without red or green cones.
+PALETTE = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#781E0F", "#5A2D4B", "#96E187", "#5A87FF",
+    "#F0C3C3", "#003CA5", "#781E78", "#D23C4B", "#C3D2F0", "#B4A54B", "#A53C0F", "#3C7878", "#692D2D", "#F0D25A",
+)  # fmt: skip
+GREY = "#B8B8B8"
+LEGEND_ROWS = 16
+LONGEST_NAME = 28
+NAMES_OF_MAPS = {
+    "umap": "UMAP",
+    "pca": "PC",
+    "latent": "latent",
+    "harmony": "Harmony",
+    "integrated": "integrated",
+}
+
+
+def pipeline(adata: "AnnData", *, color: "list[str] | None" = None) -> "np.ndarray":
+    """Draws what `tl.pipeline` found: maps, cluster sizes, training curves.
+
+    Args:
+        adata: cells with the pipeline's results.
+        color: columns of `obs` to colour the maps by; None is the clusters and the batches.
+
+    Returns:
+        The axes, in one array: a map for each colour, cluster sizes, then a curve for each stage.
+    """
+    import matplotlib.pyplot as plt
+
+    colors = color or colors_of(adata)
+    stages = stages_of(adata)
+    columns = max(len(colors) + 1, 3)
+    rows = 1 + -(-len(stages) // columns)
+    heights = [1.5] + [1] * (rows - 1)
+    figure = plt.figure(figsize=(4.6 * columns, 3.6 + 2.4 * (rows - 1)), layout="constrained")
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    axes = [figure.add_subplot(grid[0, i]) for i in range(len(colors) + 1)]
+    for ax, name in zip(axes, colors, strict=False):
+        embed(adata, color=name, ax=ax)
+    if "diffbio_cluster" in adata.obs:
+        cluster(adata, ax=axes[len(colors)])
+    else:
+        axes.pop().remove()
+    places = [figure.add_subplot(grid[1 + i // columns, i % columns]) for i in range(len(stages))]
+    for ax, name in zip(places, stages, strict=True):
+        training(adata, name, ax=ax)
+    return np.array([*axes, *places])
+
+
+def vae(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draws the latent space of `tl.vae` along its first two principal components."""
+    return _map(adata, "X_diffbio_latent", color, ax)
+
+
+def integrate(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draws the integrated embedding along its first two principal components, by default coloured by batch."""
+    key = "X_diffbio_integrated" if "X_diffbio_integrated" in adata.obsm else "X_diffbio_harmony"
+    return _map(adata, key, color or _batch_key(adata, "integrate", "pipeline"), ax)
+
+
+def embed(
+    adata: "AnnData", *, color: str | None = None, method: str = "umap", ax: "Axes | None" = None
+) -> "Axes":
+    """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (by default the clusters)."""
+    return _map(adata, f"X_diffbio_{method}", color or _present(adata, "diffbio_cluster"), ax)
+
+
+def cluster(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
+    """Draws how many cells each cluster has, divided by batch where there are batches."""
+    ax = ax or _figure((4.6, 3.6))
+    names, codes = codes_of(_column(adata, "diffbio_cluster"))
+    batch_key = _batch_key(adata, "pipeline", "integrate")
+    batches, parts = codes_of(adata.obs[batch_key]) if batch_key else (["cells"], np.zeros(adata.n_obs, int))
+    split = 1 < len(batches) <= len(PALETTE)
+    bottom = np.zeros(len(names))
+    for b, batch in enumerate(batches if split else ["cells"]):
+        sizes = np.bincount(codes[(parts == b) | (not split)], minlength=len(names))
+        paint = color_of(b) if split else [color_of(k) for k in range(len(names))]
+        ax.bar(range(len(names)), sizes, bottom=bottom, color=paint, width=0.8, label=_short(batch))
+        bottom += sizes
+    if len(names) <= 30:
+        for k, size in enumerate(bottom):
+            ax.annotate(f"{size:,.0f}", (k, size), ha="center", va="bottom", fontsize=7, color="0.25")
+    ax.margins(y=0.12)
+    step = max(1, -(-len(names) // 25))
+    ax.set_xticks(range(0, len(names), step), [_short(n) for n in names[::step]], fontsize=8)
+    ax.set(
+        xlabel="cluster",
+        ylabel="cells",
+        title="cluster sizes" + (f" by {_short(batch_key)}" if split else ""),
+    )
+    if split:
+        _legend(ax, [_short(b) for b in batches], [color_of(b) for b in range(len(batches))])
+    return _tidy(ax)
+
+
+def training(adata: "AnnData", stage: str, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the loss of one stage of the pipeline against the epoch."""
+    ax = ax or _figure((4, 2.8))
+    history = history_of(adata)
+    rows = history["stage"] == stage
+    epoch = history["epoch"][rows] + 1
+    mark = "." if rows.sum() < 12 else None
+    ax.plot(epoch, history["loss"][rows], color=PALETTE[0], marker=mark, label="training")
+    validation = history.get("validation_loss", np.full(len(rows), np.nan))[rows]
+    if np.isfinite(validation).any():
+        ax.plot(epoch, validation, color=PALETTE[4], marker=mark, label="validation")
+        ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="epoch", ylabel="loss per cell", title=stage)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    return _tidy(ax)
+
+
+def ambient(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
+    """Draws how large a share of the cells' counts was ascribed to the soup."""
+    ax = ax or _figure((4.6, 3.2))
+    values = _column(adata, "diffbio_ambient_fraction").to_numpy(dtype=float)
+    ax.hist(values, bins=50, color=PALETTE[0])
+    ax.axvline(float(np.median(values)), color=PALETTE[4], label=f"median {np.median(values):.3f}")
+    ax.set(xlabel="ambient fraction of a cell's counts", ylabel="cells", title="ambient RNA")
+    ax.legend(frameon=False, fontsize=8)
+    return _tidy(ax)
+
+
+def highly_variable(adata: "AnnData", *, layer: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draws variance against mean of the genes' counts, the variable genes in colour."""
+    ax = ax or _figure((4.6, 3.6))
+    if "diffbio_highly_variable" not in adata.var:
+        msg = "var has no 'diffbio_highly_variable'; run pp.highly_variable first"
+        raise MissingKeyError(msg)
+    counts: Any = adata.X if layer is None else adata.layers[layer]
+    mean = np.asarray(counts.mean(axis=0)).ravel()
+    square = counts.multiply(counts) if hasattr(counts, "multiply") else np.square(counts)
+    variance = np.maximum(np.asarray(square.mean(axis=0)).ravel() - mean**2, 0)
+    chosen = adata.var["diffbio_highly_variable"].to_numpy(dtype=bool)
+    shown = (mean > 0) & (variance > 0)
+    for rows, paint, name in ((~chosen, GREY, "other genes"), (chosen, PALETTE[4], "variable genes")):
+        rows = rows & shown
+        ax.scatter(
+            mean[rows],
+            variance[rows],
+            s=4,
+            color=paint,
+            linewidth=0,
+            rasterized=True,
+            label=f"{rows.sum():,} {name}",
+        )
+    ax.set(xscale="log", yscale="log", xlabel="mean count", ylabel="variance", title="variable genes")
+    ax.legend(frameon=False, fontsize=8, markerscale=3)
+    return _tidy(ax)
+
+
+def normalize(adata: "AnnData", *, layer: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draws the cells' totals before and after `pp.normalize`, each relative to its median."""
+    ax = ax or _figure((4.6, 3.2))
+    if "diffbio_normalized" not in adata.layers:
+        msg = "layers has no 'diffbio_normalized'; run pp.normalize first"
+        raise MissingKeyError(msg)
+    counts: Any = adata.X if layer is None else adata.layers[layer]
+    for matrix, paint, name in (
+        (counts, GREY, "counts"),
+        (adata.layers["diffbio_normalized"], PALETTE[0], "normalized"),
+    ):
+        totals = np.asarray(matrix.sum(axis=1), dtype=float).ravel()
+        totals = np.log2(totals[totals > 0] / np.median(totals[totals > 0]))
+        ax.hist(totals, bins=60, color=paint, alpha=0.75, label=name)
+    ax.set(xlabel="log2(total of a cell / median)", ylabel="cells", title="normalisation")
+    ax.legend(frameon=False, fontsize=8)
+    return _tidy(ax)
+
+
+def color_of(k: int) -> str:
+    """The colour of category `k`; beyond the palette it repeats."""
+    return PALETTE[k % len(PALETTE)]
+
+
+def colors_of(adata: "AnnData", *more: str | None) -> list[str]:
+    """What maps are coloured by: clusters, batches, and `more` columns, those that are there."""
+    wanted = [_present(adata, "diffbio_cluster"), _batch_key(adata, "pipeline", "integrate"), *more]
+    return list(dict.fromkeys(name for name in wanted if name))
+
+
+def stages_of(adata: "AnnData") -> list[str]:
+    """The stages whose training `tl.pipeline` wrote down, in their order."""
+    try:
+        return list(dict.fromkeys(map(str, history_of(adata)["stage"])))
+    except MissingKeyError:
+        return []
+
+
+def history_of(adata: "AnnData") -> dict[str, np.ndarray]:
+    """The training history of `tl.pipeline` as columns; `stage` holds names, the rest numbers."""
+    history = record_of(adata, "pipeline").get("history", {})
+    if "loss" not in history or "stage" not in history:
+        msg = 'uns["diffbio"]["pipeline"] has no training history; run tl.pipeline or `diffbio run` first'
+        raise MissingKeyError(msg)
+    return {
+        str(k): np.asarray(v).astype(str) if k == "stage" else np.asarray(v, float)
+        for k, v in history.items()
+    }
+
+
+def record_of(adata: "AnnData", name: str) -> Any:
+    """What `uns["diffbio"][name]` says, {} if there is nothing."""
+    record = adata.uns.get("diffbio", {})
+    record = record.get(name, {}) if hasattr(record, "get") else {}
+    return record if hasattr(record, "get") else {}
+
+
+def _batch_key(adata: "AnnData", *functions: str) -> str | None:
+    for name in functions:
+        params = record_of(adata, name).get("params", {})
+        key = params.get("batch_key") if hasattr(params, "get") else None
+        if isinstance(key, str) and key in adata.obs:
+            return key
+    return None
+
+
+def _present(adata: "AnnData", key: str) -> str | None:
+    return key if key in adata.obs else None
+
+
+def _column(adata: "AnnData", key: str) -> Any:
+    if key not in adata.obs:
+        msg = f"obs has no column {key!r}; it has {', '.join(map(str, adata.obs.columns)) or 'none'}"
+        raise MissingKeyError(msg)
+    return adata.obs[key]
+
+
+def codes_of(column: Any) -> tuple[list[str], np.ndarray]:
+    """Names and codes of a column; missing values become a category of their own, "not known"."""
+    import pandas as pd
+
+    found = pd.Categorical(column)
+    names, codes = [str(name) for name in found.categories], np.asarray(found.codes).astype(int)
+    if (codes < 0).any():
+        codes = np.where(codes < 0, len(names), codes)
+        names.append("not known")
+    return names, codes
+
+
+def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "Axes":
+    """Scatters the cells at `obsm[key]` (its first two principal components if it is wider)."""
+    if key not in adata.obsm:
+        msg = (
+            f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}; run the tool first"
+        )
+        raise MissingKeyError(msg)
+    xy = np.asarray(adata.obsm[key], np.float32)
+    axis = NAMES_OF_MAPS.get(key.removeprefix("X_diffbio_"), key)
+    if xy.shape[1] > 2:
+        from .math.linalg import pca
+
+        xy, axis = pca(xy, 2).scores, f"PC of {axis}"
+    if xy.shape[1] == 1:
+        xy = np.column_stack([xy[:, 0], np.zeros(len(xy))])
+    ax = ax or _figure((5.2, 4))
+    column = None if color is None else _column(adata, color)
+    scatter(ax, xy, column, title="" if color is None else _short(color))
+    ax.set(xlabel=f"{axis} 1", ylabel=f"{axis} 2")
+    return ax
+
+
+def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") -> None:
+    """Draws points (n, 2) coloured by a column: numbers on a scale, anything else by category with a legend."""
+    import pandas as pd
+
+    if len(xy) == 0:
+        msg = "there are no cells to draw"
+        raise DataError(msg)
+    order = np.random.default_rng(0).permutation(len(xy))  # so that no batch lies on top of the others
+    style: dict[str, Any] = {"s": float(np.clip(16_000 / len(xy), 0.4, 16)), "linewidth": 0, "rasterized": True}
+    x, y = xy[order].T
+    if values is None:
+        ax.scatter(x, y, color=PALETTE[0], **style)
+    elif pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        drawn = ax.scatter(
+            x, y, c=np.asarray(values, float)[order], cmap="viridis", plotnonfinite=True, **style
+        )
+        ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
+    else:
+        names, codes = codes_of(values)
+        names, codes = _largest(names, codes)
+        paint = [GREY if name in ("not known", "other") else color_of(k) for k, name in enumerate(names)]
+        ax.scatter(x, y, color=np.array(paint)[codes[order]], **style)
+        sizes = np.bincount(codes, minlength=len(names))
+        used = [k for k in range(len(names)) if sizes[k]]
+        _legend(ax, [f"{_short(names[k])} ({sizes[k]:,})" for k in used], [paint[k] for k in used])
+        if all(len(name) <= 3 for name in names) and len(names) <= 40:
+            _name_on_map(ax, xy, names, codes)
+    ax.set(xticks=[], yticks=[], title=title)
+    _tidy(ax)
+
+
+def _largest(names: list[str], codes: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The categories that fit the palette twice; smaller ones become "other"."""
+    most = 2 * len(PALETTE)
+    if len(names) <= most:
+        return names, codes
+    sizes = np.bincount(codes, minlength=len(names))
+    kept = np.sort(np.argsort(-sizes, kind="stable")[: most - 1])
+    number = np.full(len(names), len(kept))
+    number[kept] = np.arange(len(kept))
+    return [*(names[k] for k in kept), "other"], number[codes]
+
+
+def _name_on_map(ax: "Axes", xy: np.ndarray, names: list[str], codes: np.ndarray) -> None:
+    """Writes short names where their cells are: colours alone do not tell twenty clusters apart."""
+    from matplotlib.patheffects import withStroke
+
+    for k, name in enumerate(names):
+        cells = xy[codes == k]
+        if len(cells):
+            x, y = np.median(cells, axis=0)
+            outline = [withStroke(linewidth=2.5, foreground="white")]
+            ax.annotate(
+                name, (x, y), ha="center", va="center", fontsize=9, weight="bold", path_effects=outline
+            )
+
+
+def _legend(ax: "Axes", names: list[str], paints: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D([], [], marker="o", linestyle="", markersize=5, color=paint, markeredgewidth=0)
+        for paint in paints
+    ]
+    ax.legend(
+        marks,
+        names,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        frameon=False,
+        fontsize=8,
+        handletextpad=0.2,
+        ncols=-(-len(names) // LEGEND_ROWS),
+        columnspacing=0.8,
+        borderaxespad=0.2,
+    )
+
+
+def _short(name: str | None) -> str:
+    """A name as text for a figure: not too long, no control characters, no mathtext."""
+    text = "".join(c if c.isprintable() else "?" for c in str(name)).replace("$", r"\$")
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+
+
+def _figure(size: tuple[float, float]) -> "Axes":
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=size, layout="constrained").subplots()
+
+
+def _tidy(ax: "Axes") -> "Axes":
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.title.set_fontsize(10)
+    return ax

@@ -1,0 +1,152 @@
+"""Preprocessing on AnnData: `diffbio.pp.highly_variable(adata)`; each writes what its docstring lists."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from flax import nnx
+from scipy import sparse
+
+from . import slots
+from .data.genes import highly_variable_genes
+from .data.source import ArraySource, counts_of
+from .data.transform import pearson_residuals, per_cell, shifted_log
+from .data.validate import check_ambient_profile
+from .errors import DataError, MissingKeyError
+from .fitting import fit
+from .operators.singlecell import AmbientRemovalConfig, DifferentiableAmbientRemoval
+from .pipelines.inference import apply_in_chunks
+from .recording import recorded
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+EMPTY_DROPLET = 100  # counts: below this a droplet is taken for one without a cell, as CellBender's default
+
+
+@recorded
+def ambient(
+    adata: "AnnData",
+    *,
+    ambient_profile: Any = None,
+    raw: "AnnData | None" = None,
+    batch_key: str | None = None,
+    max_epochs: int | None = None,
+    layer: str | None = None,
+    random_state: int = 0,
+    progress: bool = False,
+    copy: bool = False,
+) -> None:
+    """Removes the counts that come from the soup around the cells (`DifferentiableAmbientRemoval`).
+
+    Args:
+        adata: cells x genes, changed in place.
+        ambient_profile: gene fractions of the soup, an array or a column of `var`; None takes `raw`, or the
+            column "ambient_profile".
+        raw: all droplets of the experiment with the same genes; those with 1 to 100 counts are the soup.
+        batch_key: column of `obs` (and of `raw.obs`): each batch is fitted by itself, with its own soup.
+        max_epochs: passes over the cells at most; None is what the operator prefers.
+        layer: of the counts; None is X.
+        random_state: seed.
+        progress: whether to show how training goes.
+        copy: works on a copy and returns it.
+
+    Adds `layers["diffbio_decontaminated"]` (sparse; never negative, never above the counts) and
+    `obs["diffbio_ambient_fraction"]`, the share of a cell's counts ascribed to the soup.
+    """
+    matrix = cast("Any", sparse.csr_array)(slots.counts(adata, layer))
+    batch = slots.labels(adata, batch_key)
+    groups = (
+        [np.arange(adata.n_obs)] if batch is None else [np.flatnonzero(batch == b) for b in np.unique(batch)]
+    )
+    settings = {} if max_epochs is None else {"max_epochs": max_epochs}
+    clean, fraction = [], np.zeros(adata.n_obs, np.float32)
+    for rows in groups:
+        soup = _soup(
+            adata,
+            ambient_profile,
+            raw,
+            None if batch is None else (batch_key, adata.obs[batch_key].iloc[rows[0]]),
+        )
+        source = ArraySource({"counts": matrix[rows]}, {"ambient_profile": soup})
+        op = DifferentiableAmbientRemoval(
+            AmbientRemovalConfig(n_genes=adata.n_vars), rngs=nnx.Rngs(random_state)
+        )
+        fit(op, source, seed=random_state, progress=progress, **settings)
+        parts = list(apply_in_chunks(op, source, ["decontaminated_counts", "contamination_fraction"]))
+        clean += [sparse.csr_matrix(part["decontaminated_counts"]) for part in parts]
+        fraction[rows] = np.concatenate([part["contamination_fraction"] for part in parts])
+    back = np.argsort(np.concatenate(groups))
+    adata.layers[slots.DECONTAMINATED] = sparse.vstack(clean, format="csr")[back]
+    adata.obs[slots.AMBIENT_FRACTION] = fraction
+
+
+@recorded
+def highly_variable(
+    adata: "AnnData",
+    *,
+    n_top_genes: int = 2000,
+    batch_key: str | None = None,
+    layer: str | None = None,
+    copy: bool = False,
+) -> None:
+    """Finds the genes that vary more than their mean explains, batch by batch (seurat_v3).
+
+    Adds `var["diffbio_highly_variable"]`.
+    """
+    found = highly_variable_genes(
+        counts_of(adata, layer=layer) if adata.isbacked else slots.counts(adata, layer),
+        n_top_genes=n_top_genes,
+        batch_labels=slots.labels(adata, batch_key),
+    )
+    adata.var[slots.VARIABLE] = found["highly_variable"].to_numpy()
+
+
+@recorded
+def normalize(
+    adata: "AnnData", *, method: str = "shifted_log", layer: str | None = None, copy: bool = False
+) -> None:
+    """Makes the counts of cells comparable.
+
+    Args:
+        adata: cells x genes, changed in place.
+        method: "shifted_log" is log(1 + x / size factor), size factors relative to the median cell; "cpm" is counts
+            per million; "pearson_residuals" those of Lause et al. 2021 (dense).
+        layer: of the counts; None is X.
+        copy: works on a copy and returns it.
+
+    Adds `layers["diffbio_normalized"]`.
+    """
+    slots.choose(method, ["shifted_log", "cpm", "pearson_residuals"], "pp.normalize")
+    matrix = slots.counts(adata, layer)
+    if method == "cpm":
+        result = per_cell(matrix, total=1e6)
+    else:
+        result = shifted_log(matrix) if method == "shifted_log" else pearson_residuals(matrix)
+    adata.layers[slots.NORMALIZED] = result
+
+
+def _soup(
+    adata: "AnnData", profile: Any, raw: "AnnData | None", batch: "tuple[Any, Any] | None"
+) -> np.ndarray:
+    """Gene fractions of the soup, as an array, a column of `var`, or the sum of the droplets without a cell."""
+    if profile is None and raw is not None:
+        if list(raw.var_names) != list(adata.var_names):
+            msg = "pp.ambient: raw has other genes than adata; give both the same, raw[:, adata.var_names]"
+            raise DataError(msg)
+        droplets = cast("Any", sparse.csr_array)(counts_of(raw))
+        sizes = np.asarray(droplets.sum(axis=1)).ravel()
+        empty = (sizes > 0) & (sizes <= EMPTY_DROPLET) & ~raw.obs_names.isin(adata.obs_names)
+        if batch is not None:
+            empty &= (raw.obs[batch[0]] == batch[1]).to_numpy()
+        if not empty.any():
+            msg = f"pp.ambient: raw has no droplets of 1 to {EMPTY_DROPLET} counts outside adata; pass ambient_profile"
+            raise DataError(msg)
+        soup = np.asarray(droplets[empty].sum(axis=0), np.float64).ravel()
+        return check_ambient_profile(soup / soup.sum(), adata.n_vars)
+    if profile is None or isinstance(profile, str):
+        name = profile or slots.AMBIENT_PROFILE
+        if name not in adata.var:
+            msg = f"pp.ambient: var has no column {name!r}; pass ambient_profile= (gene fractions) or raw="
+            raise MissingKeyError(msg)
+        profile = adata.var[name].to_numpy()
+    return check_ambient_profile(profile, adata.n_vars)

@@ -1,0 +1,127 @@
+"""The figures of a run, as files and as pictures inside a page."""
+
+import base64
+import io
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import pl
+from ..errors import OutputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.figure import Figure
+
+DEMO_FILES = frozenset({
+    "cells.h5ad", "out.h5ad", "report.html", "umap_diffbio_cluster.png", "umap_cell_type.png", "cluster_sizes.png",
+    "training.png", "out.h5ad.checkpoint",
+})  # fmt: skip
+DPI = 160
+
+
+def figures_of(adata: "AnnData") -> "dict[str, Figure]":
+    """Every figure that the results in `adata` allow, by name: maps, cluster sizes, ambient RNA, training curves."""
+    drawn: dict[str, Any] = {}
+    if "X_diffbio_umap" in adata.obsm and adata.n_obs:
+        for name in pl.colors_of(adata, label_key(adata)) or [None]:
+            drawn[f"umap_{name}" if name else "umap"] = pl.embed(adata, color=name)
+    if "diffbio_cluster" in adata.obs:
+        drawn["cluster_sizes"] = pl.cluster(adata)
+    if "diffbio_ambient_fraction" in adata.obs:
+        drawn["ambient"] = pl.ambient(adata)
+    figures = {name: ax.figure for name, ax in drawn.items()}
+    if stages := pl.stages_of(adata):
+        figures["training"] = _training(adata, stages)
+    return figures
+
+
+def label_key(adata: "AnnData") -> str | None:
+    """The column of `obs` that the run compared its clusters with."""
+    params = pl.record_of(adata, "pipeline").get("params", {})
+    key = params.get("label_key") if hasattr(params, "get") else None
+    return key if isinstance(key, str) and key in adata.obs else None
+
+
+def save_figures(adata: "AnnData", folder: str | Path) -> list[Path]:
+    """Writes `figures_of(adata)` as PNG files to `folder`; returns their paths.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    paths = []
+    with drawing():
+        for name, figure in figures_of(adata).items():
+            path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)[:80]}.png"
+            write_whole(path, png(figure))
+            paths.append(path)
+    return paths
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure as a PNG file; afterwards it is closed."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    # no text chunks: the same results give the same bytes
+    figure.savefig(buffer, dpi=DPI, format="png", bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def inline(figure: "Figure") -> str:
+    """The figure as a data: address."""
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """No window, no user's style, and no word about letters that the font lacks."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mpl.use("agg", force=True)
+        mpl.rcParams.update(mpl.rcParamsDefault)
+        mpl.rcParams["backend"] = "agg"
+        yield
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under another name and renames it: it is there whole, or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    scratch = None
+    try:
+        descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(scratch).chmod(0o666 & ~mask)
+        Path(scratch).replace(path)
+    except OSError as error:
+        if scratch is not None:
+            Path(scratch).unlink(missing_ok=True)
+        msg = f"cannot be written ({error.strerror or error}); {path}; free space or choose another folder"
+        raise OutputError(msg) from error
+
+
+def _training(adata: "AnnData", stages: list[str]) -> "Figure":
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(stages))
+    rows = -(-len(stages) // columns)
+    figure = plt.figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
+    for i, stage in enumerate(stages):
+        pl.training(adata, stage, ax=figure.add_subplot(rows, columns, i + 1))
+    return figure

@@ -1,0 +1,107 @@
+"""Where the AnnData functions read and write: counts, representations, clusters."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .data.genes import highly_variable_genes
+from .data.names import batch_codes
+from .data.source import counts_of
+from .data.transform import shifted_log
+from .data.validate import check_counts
+from .errors import ConfigError, DataError, MissingKeyError
+from .math.linalg import pca
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+LATENT, HARMONY, INTEGRATED = "X_diffbio_latent", "X_diffbio_harmony", "X_diffbio_integrated"
+UMAP, PCA = "X_diffbio_umap", "X_diffbio_pca"
+CLUSTER, CLUSTER_PROB = "diffbio_cluster", "diffbio_cluster_prob"
+AMBIENT_FRACTION, AMBIENT_PROFILE = "diffbio_ambient_fraction", "ambient_profile"
+DECONTAMINATED, NORMALIZED = "diffbio_decontaminated", "diffbio_normalized"
+VARIABLE = "diffbio_highly_variable"
+N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
+
+
+def choose(method: str, available: Sequence[str], where: str) -> None:
+    """Refuses a method that is not there.
+
+    Raises:
+        ConfigError: naming those that are.
+    """
+    if method not in available:
+        msg = f"{where}: method {method!r} is not available; this version has {', '.join(map(repr, available))}."
+        raise ConfigError(msg)
+
+
+def counts(adata: "AnnData", layer: str | None = None) -> Any:
+    """The raw counts (cells, genes) in memory, checked; nothing is copied.
+
+    Raises:
+        DataError: no counts there, or values that are none.
+    """
+    if adata.isbacked:
+        msg = (
+            "the AnnData is backed by a file; call adata.to_memory() first, or run `diffbio run` on the file"
+        )
+        raise DataError(msg)
+    matrix = counts_of(adata, layer=layer)
+    check_counts(
+        matrix,
+        name="X" if layer is None else f"layers[{layer!r}]",
+        obs_names=adata.obs_names,
+        var_names=adata.var_names,
+        uns=adata.uns if layer is None else (),
+    )
+    return matrix
+
+
+def labels(adata: "AnnData", batch_key: str | None) -> np.ndarray | None:
+    """Batch codes (cells,), None without a key."""
+    return None if batch_key is None else batch_codes(adata.obs, batch_key)[0]
+
+
+def variable_genes(
+    adata: "AnnData", matrix: Any, *, n_top_genes: int = 2000, batch_key: str | None = None
+) -> np.ndarray:
+    """Column numbers of the variable genes; they are found and stored if `var` does not name any."""
+    if VARIABLE not in adata.var:
+        found = highly_variable_genes(matrix, n_top_genes=n_top_genes, batch_labels=labels(adata, batch_key))
+        adata.var[VARIABLE] = found["highly_variable"].to_numpy()
+    return np.flatnonzero(adata.var[VARIABLE].to_numpy(dtype=bool))
+
+
+def representation(adata: "AnnData", use_rep: str | None, layer: str | None = None) -> np.ndarray:
+    """`obsm[use_rep]`, float32; None is the PCA of log-normalised counts of the variable genes.
+
+    That is computed and stored in `obsm["X_diffbio_pca"]` if it is not there yet.
+
+    Raises:
+        MissingKeyError: `obsm` has no such entry.
+        DataError: it holds values that are not finite.
+    """
+    key = use_rep or PCA
+    if use_rep is None and PCA not in adata.obsm:
+        matrix = counts(adata, layer)
+        genes = variable_genes(adata, matrix)
+        width = min(N_COMPONENTS, len(genes), adata.n_obs)
+        # normalised over all genes, then restricted
+        adata.obsm[PCA] = pca(shifted_log(matrix)[:, genes], width).scores
+    if key not in adata.obsm:
+        msg = f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
+        raise MissingKeyError(msg)
+    values = np.asarray(adata.obsm[key], np.float32)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        msg = f"obsm[{key!r}] holds NaN or infinity, first in cell {row} ({adata.obs_names[row]})"
+        raise DataError(msg)
+    return values
+
+
+def all_genes(values: np.ndarray, genes: Any, n_genes: int) -> np.ndarray:
+    """`values` of some genes as a layer of all of them; NaN says that a gene was not read."""
+    layer = np.full((len(values), n_genes), np.nan, np.float32)
+    layer[:, genes] = values
+    return layer

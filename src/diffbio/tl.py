@@ -1,0 +1,228 @@
+"""Tools on AnnData: `diffbio.tl.cluster(adata, n_clusters=8)`; each writes what its docstring lists."""
+
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+
+from . import slots
+from .data.names import batch_codes
+from .data.source import ArraySource
+from .data.write import add_results
+from .fitting import fit
+from .operators.base import Operator
+from .operators.normalization import DifferentiableUMAP, UMAPConfig, VAENormalizer, VAENormalizerConfig
+from .operators.singlecell import (
+    BatchCorrectionConfig,
+    DifferentiableHarmony,
+    SoftClusteringConfig,
+    SoftKMeansClustering,
+)
+from .pipelines.inference import apply_in_chunks, joined
+from .pipelines.run import analyse
+from .recording import recorded
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def pipeline(
+    adata: "AnnData",
+    *,
+    batch_key: str | None = None,
+    n_clusters: int = 10,
+    n_top_genes: int | None = 2000,
+    ambient_profile: str | None = None,
+    layer: str | None = None,
+    random_state: int = 0,
+    progress: bool = False,
+    copy: bool = False,
+    **settings: Any,
+) -> Any:
+    """Denoises, normalises, integrates, embeds and clusters cells with a `SingleCellPipeline` fitted to them.
+
+    Args:
+        adata: cells x genes, changed in place.
+        batch_key: column of `obs`; None, or one batch, skips the batch correction.
+        n_clusters: number of clusters.
+        n_top_genes: how many variable genes to use (seurat_v3, batch by batch); None uses all.
+        ambient_profile: column of `var` with the soup's gene fractions; None takes "ambient_profile" if it is
+            there, and skips the ambient removal if not.
+        layer: of the counts; None is X.
+        random_state: seed.
+        progress: whether to show how training goes.
+        copy: works on a copy and returns (copy, pipeline).
+        settings: fields of `SingleCellPipelineConfig` and settings of `diffbio.fit`, such as max_epochs.
+
+    Adds `obsm["X_diffbio_latent"]`, `obsm["X_diffbio_harmony"]`, `obsm["X_diffbio_umap"]`,
+    `obs["diffbio_cluster"]`, `obs["diffbio_cluster_max_prob"]`, `obsm["diffbio_cluster_prob"]`,
+    `var["diffbio_highly_variable"]`, with ambient removal `layers["diffbio_decontaminated"]` and
+    `obs["diffbio_ambient_fraction"]`, and `uns["diffbio"]["pipeline"]`, which says what was skipped and why.
+
+    Returns:
+        The fitted pipeline.
+    """
+    target = adata.copy() if copy else adata
+    analysis = analyse(
+        target,
+        batch_key=batch_key,
+        n_clusters=n_clusters,
+        n_top_genes=n_top_genes,
+        ambient_profile=ambient_profile,
+        layer=layer,
+        seed=random_state,
+        progress=progress,
+        **settings,
+    )
+    analysis.add_to(target)
+    return (target, analysis.pipeline) if copy else analysis.pipeline
+
+
+@recorded
+def vae(
+    adata: "AnnData",
+    *,
+    batch_key: str | None = None,
+    n_latent: int = 10,
+    likelihood: str = "zinb",
+    normalized: bool = False,
+    max_epochs: int = 400,
+    layer: str | None = None,
+    random_state: int = 0,
+    progress: bool = False,
+    copy: bool = False,
+) -> None:
+    """Embeds cells by the variational autoencoder of scVI (`VAENormalizer`), trained on them.
+
+    Reads the genes of `var["diffbio_highly_variable"]` if `pp.highly_variable` has run, else all.
+
+    Adds `obsm["X_diffbio_latent"]` and, with `normalized=True`, `layers["diffbio_normalized"]`: gene fractions,
+    NaN for genes that were not read.
+    """
+    genes = adata.var[slots.VARIABLE].to_numpy(bool) if slots.VARIABLE in adata.var else slice(None)
+    data = {"counts": slots.counts(adata, layer)[:, genes]}
+    n_batches = 1
+    if batch_key is not None:
+        data["batch_labels"], names = batch_codes(adata.obs, batch_key)
+        n_batches = len(names)
+    config = VAENormalizerConfig(
+        n_genes=data["counts"].shape[1], latent_dim=n_latent, likelihood=likelihood, n_batches=n_batches
+    )
+    op = VAENormalizer(config, rngs=nnx.Rngs(random_state))
+    fit(op, data, max_epochs=max_epochs, seed=random_state, progress=progress)
+    keys = ["latent_mean", "normalized"] if normalized else ["latent_mean"]
+    result = _applied(op, data, *keys)
+    adata.obsm[slots.LATENT] = result["latent_mean"]
+    if normalized:
+        adata.layers[slots.NORMALIZED] = slots.all_genes(result["normalized"], genes, adata.n_vars)
+
+
+@recorded
+def integrate(
+    adata: "AnnData",
+    *,
+    batch_key: str,
+    method: str = "harmony",
+    n_clusters: int | None = None,
+    theta: float = 2.0,
+    use_rep: str | None = None,
+    layer: str | None = None,
+    random_state: int = 0,
+    copy: bool = False,
+) -> None:
+    """Removes batch effects from an embedding (`DifferentiableHarmony`).
+
+    Args:
+        adata: cells x genes, changed in place.
+        batch_key: column of `obs`.
+        method: "harmony".
+        n_clusters: of Harmony; None is one for every 30 cells, 100 at most, as published.
+        theta: weight of the diversity penalty.
+        use_rep: key of `obsm`; None is the PCA of log-normalised counts of the variable genes.
+        layer: of the counts that PCA reads; None is X.
+        random_state: recorded only; Harmony draws nothing at random.
+        copy: works on a copy and returns it.
+
+    Adds `obsm["X_diffbio_integrated"]`.
+    """
+    slots.choose(method, ["harmony"], "tl.integrate")
+    labels, names = batch_codes(adata.obs, batch_key)
+    embeddings = slots.representation(adata, use_rep, layer)
+    config = BatchCorrectionConfig(
+        n_clusters=n_clusters or max(1, min(100, round(len(embeddings) / 30))),
+        n_features=embeddings.shape[1],
+        n_batches=len(names),
+        theta=theta,
+    )
+    data = {"embeddings": embeddings, "batch_labels": labels}
+    op = DifferentiableHarmony(config, rngs=nnx.Rngs(random_state))
+    op.init_from(data)
+    adata.obsm[slots.INTEGRATED] = _applied(op, data, "corrected_embeddings")["corrected_embeddings"]
+
+
+@recorded
+def embed(
+    adata: "AnnData",
+    *,
+    method: str = "umap",
+    use_rep: str | None = None,
+    n_components: int = 2,
+    n_neighbors: int = 15,
+    min_dist: float = 0.1,
+    layer: str | None = None,
+    random_state: int = 0,
+    progress: bool = False,
+    copy: bool = False,
+) -> None:
+    """Draws cells on a map where neighbours stay neighbours (`DifferentiableUMAP`).
+
+    `use_rep` None is the PCA of log-normalised counts of the variable genes.
+
+    Adds `obsm["X_diffbio_umap"]`.
+    """
+    slots.choose(method, ["umap"], "tl.embed")
+    features = slots.representation(adata, use_rep, layer)
+    config = UMAPConfig(
+        input_features=features.shape[1],
+        n_components=n_components,
+        n_neighbors=n_neighbors,
+        min_dist=min_dist,
+    )
+    op = DifferentiableUMAP(config, rngs=nnx.Rngs(random_state))
+    data = {"features": features}
+    fit(op, data, seed=random_state, progress=progress)
+    adata.obsm[slots.UMAP] = _applied(op, data, "embedding")["embedding"]
+
+
+@recorded
+def cluster(
+    adata: "AnnData",
+    *,
+    method: str = "kmeans",
+    n_clusters: int | None = None,
+    temperature: float = 1.0,
+    use_rep: str | None = None,
+    layer: str | None = None,
+    random_state: int = 0,
+    copy: bool = False,
+) -> None:
+    """Groups cells by soft k-means (`SoftKMeansClustering`).
+
+    `n_clusters` None is 10; `temperature` is in units of squared distance in the representation; `use_rep` None
+    is the PCA of log-normalised counts of the variable genes.
+
+    Adds `obs["diffbio_cluster"]` (categorical strings), `obs["diffbio_cluster_max_prob"]` and
+    `obsm["diffbio_cluster_prob"]` (cells, clusters), whose rows sum to 1.
+    """
+    slots.choose(method, ["kmeans"], "tl.cluster")
+    data = {"embeddings": slots.representation(adata, use_rep, layer)}
+    config = SoftClusteringConfig(
+        n_clusters=n_clusters or 10, n_features=data["embeddings"].shape[1], temperature=temperature
+    )
+    op = SoftKMeansClustering(config, rngs=nnx.Rngs(random_state))
+    fit(op, data, seed=random_state, progress=False)
+    add_results(adata, _applied(op, data, "cluster_assignments"))
+
+
+def _applied(op: Operator, data: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The outputs `keys` of a fitted operator on all cells, some at a time."""
+    return joined(apply_in_chunks(op, ArraySource(data), keys))

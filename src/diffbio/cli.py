@@ -20,8 +20,8 @@ from .errors import ConfigError, DataWarning, DiffBioError, InputFileError, Outp
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Differentiable single-cell analysis: correct, embed and cluster cells.",
-    epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or setting, 3 bad data, 4 unusable checkpoint "
-    "or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
+    epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or setting, 3 bad data, 4 unusable "
+    "checkpoint or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
 )  # fmt: skip
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -281,8 +281,9 @@ def _run(
     check_output(output, force, n_bytes=_size(cells))
     if figures is not None:
         _make(figures)
+    from .data.tables import should_stream
     from .errors import TrainingInterrupted
-    from .pipelines.run import analyse, should_stream, sorted_out
+    from .pipelines.run import analyse, sorted_out
 
     sorted_out(settings)
     on_disk = should_stream(cells) if stream is None else stream
@@ -409,7 +410,7 @@ def _warnings(*, debug: bool) -> Iterator[None]:
             say(warnings.formatwarning(message, category, *where[:2]).rstrip(), err=True)
 
     with warnings.catch_warnings():
-        warnings.resetwarnings()  # PYTHONWARNINGS=error is meant for developers' code, not to end a user's run
+        warnings.resetwarnings()  # PYTHONWARNINGS=error is meant for code under test
         warnings.simplefilter("default" if debug else "ignore")
         warnings.filterwarnings("always", category=DataWarning)
         warnings.showwarning = show

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's colours, then colours far from all before them also to eyes without red or green cones.
 PALETTE = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#781E0F", "#5A2D4B", "#96E187", "#5A87FF",
-    "#F0C3C3", "#003CA5", "#781E78", "#D23C4B", "#C3D2F0", "#B4A54B", "#A53C0F", "#3C7878", "#692D2D", "#F0D25A",
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#781E0F",
+    "#5A2D4B", "#96E187", "#5A87FF", "#F0C3C3", "#003CA5", "#781E78", "#D23C4B",
+    "#C3D2F0", "#B4A54B", "#A53C0F", "#3C7878", "#692D2D", "#F0D25A",
 )  # fmt: skip
 GREY = "#B8B8B8"
 LEGEND_ROWS = 16
@@ -65,7 +66,7 @@ def vae(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None)
 
 
 def integrate(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None) -> "Axes":
-    """Draws the integrated embedding along its first two principal components, by default coloured by batch."""
+    """Draws the integrated embedding along its first two principal components, coloured by batch."""
     key = "X_diffbio_integrated" if "X_diffbio_integrated" in adata.obsm else "X_diffbio_harmony"
     return _map(adata, key, color or _batch_key(adata, "integrate", "pipeline"), ax)
 
@@ -73,7 +74,7 @@ def integrate(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" =
 def embed(
     adata: "AnnData", *, color: str | None = None, method: str = "umap", ax: "Axes | None" = None
 ) -> "Axes":
-    """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (by default the clusters)."""
+    """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (clusters by default)."""
     return _map(adata, f"X_diffbio_{method}", color or _present(adata, "diffbio_cluster"), ax)
 
 
@@ -274,14 +275,15 @@ def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "A
 
 
 def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") -> None:
-    """Draws points (n, 2) coloured by a column: numbers on a scale, anything else by category with a legend."""
+    """Draws points (n, 2) coloured by a column: numbers on a scale, the rest by category with a legend."""
     import pandas as pd
 
     if len(xy) == 0:
         msg = "there are no cells to draw"
         raise DataError(msg)
     order = np.random.default_rng(0).permutation(len(xy))  # so that no batch lies on top of the others
-    style: dict[str, Any] = {"s": float(np.clip(16_000 / len(xy), 0.4, 16)), "linewidth": 0, "rasterized": True}
+    size = float(np.clip(16_000 / len(xy), 0.4, 16))
+    style: dict[str, Any] = {"s": size, "linewidth": 0, "rasterized": True}
     x, y = xy[order].T
     if values is None:
         ax.scatter(x, y, color=PALETTE[0], **style)

@@ -58,7 +58,7 @@ def ambient(
     groups = (
         [np.arange(adata.n_obs)] if batch is None else [np.flatnonzero(batch == b) for b in np.unique(batch)]
     )
-    settings = {} if max_epochs is None else {"max_epochs": max_epochs}
+    settings: dict[str, Any] = {} if max_epochs is None else {"max_epochs": max_epochs}
     clean, fraction = [], np.zeros(adata.n_obs, np.float32)
     for rows in groups:
         soup = _soup(
@@ -109,8 +109,8 @@ def normalize(
 
     Args:
         adata: cells x genes, changed in place.
-        method: "shifted_log" is log(1 + x / size factor), size factors relative to the median cell; "cpm" is counts
-            per million; "pearson_residuals" those of Lause et al. 2021 (dense).
+        method: "shifted_log" is log(1 + x / size factor), size factors relative to the median cell; "cpm" is
+            counts per million; "pearson_residuals" those of Lause et al. 2021 (dense).
         layer: of the counts; None is X.
         copy: works on a copy and returns it.
 
@@ -128,7 +128,7 @@ def normalize(
 def _soup(
     adata: "AnnData", profile: Any, raw: "AnnData | None", batch: "tuple[Any, Any] | None"
 ) -> np.ndarray:
-    """Gene fractions of the soup, as an array, a column of `var`, or the sum of the droplets without a cell."""
+    """Gene fractions of the soup: an array, a column of `var`, or the sum of droplets without a cell."""
     if profile is None and raw is not None:
         if list(raw.var_names) != list(adata.var_names):
             msg = "pp.ambient: raw has other genes than adata; give both the same, raw[:, adata.var_names]"
@@ -139,7 +139,7 @@ def _soup(
         if batch is not None:
             empty &= (raw.obs[batch[0]] == batch[1]).to_numpy()
         if not empty.any():
-            msg = f"pp.ambient: raw has no droplets of 1 to {EMPTY_DROPLET} counts outside adata; pass ambient_profile"
+            msg = f"pp.ambient: raw has no droplets of 1 to {EMPTY_DROPLET} counts; pass ambient_profile"
             raise DataError(msg)
         soup = np.asarray(droplets[empty].sum(axis=0), np.float64).ravel()
         return check_ambient_profile(soup / soup.sum(), adata.n_vars)

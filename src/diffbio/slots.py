@@ -1,7 +1,7 @@
 """Where the AnnData functions read and write: counts, representations, clusters."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from .errors import ConfigError, DataError, MissingKeyError
 from .math.linalg import pca
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 LATENT, HARMONY, INTEGRATED = "X_diffbio_latent", "X_diffbio_harmony", "X_diffbio_integrated"
@@ -32,7 +33,8 @@ def choose(method: str, available: Sequence[str], where: str) -> None:
         ConfigError: naming those that are.
     """
     if method not in available:
-        msg = f"{where}: method {method!r} is not available; this version has {', '.join(map(repr, available))}."
+        names = ", ".join(map(repr, available))
+        msg = f"{where}: method {method!r} is not available; this version has {names}."
         raise ConfigError(msg)
 
 
@@ -58,9 +60,14 @@ def counts(adata: "AnnData", layer: str | None = None) -> Any:
     return matrix
 
 
+def batches(adata: "AnnData", key: str) -> tuple[np.ndarray, list[str]]:
+    """Codes (cells,) and names of the batches in a column of `obs`."""
+    return batch_codes(cast("pd.DataFrame", adata.obs), key)
+
+
 def labels(adata: "AnnData", batch_key: str | None) -> np.ndarray | None:
     """Batch codes (cells,), None without a key."""
-    return None if batch_key is None else batch_codes(adata.obs, batch_key)[0]
+    return None if batch_key is None else batches(adata, batch_key)[0]
 
 
 def variable_genes(

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from . import slots
-from .data.names import batch_codes
 from .data.source import ArraySource
 from .data.write import add_results
 from .fitting import fit
@@ -95,14 +94,14 @@ def vae(
 
     Reads the genes of `var["diffbio_highly_variable"]` if `pp.highly_variable` has run, else all.
 
-    Adds `obsm["X_diffbio_latent"]` and, with `normalized=True`, `layers["diffbio_normalized"]`: gene fractions,
-    NaN for genes that were not read.
+    Adds `obsm["X_diffbio_latent"]` and, with `normalized=True`, `layers["diffbio_normalized"]`: gene
+    fractions, NaN for genes that were not read.
     """
     genes = adata.var[slots.VARIABLE].to_numpy(bool) if slots.VARIABLE in adata.var else slice(None)
     data = {"counts": slots.counts(adata, layer)[:, genes]}
     n_batches = 1
     if batch_key is not None:
-        data["batch_labels"], names = batch_codes(adata.obs, batch_key)
+        data["batch_labels"], names = slots.batches(adata, batch_key)
         n_batches = len(names)
     config = VAENormalizerConfig(
         n_genes=data["counts"].shape[1], latent_dim=n_latent, likelihood=likelihood, n_batches=n_batches
@@ -145,7 +144,7 @@ def integrate(
     Adds `obsm["X_diffbio_integrated"]`.
     """
     slots.choose(method, ["harmony"], "tl.integrate")
-    labels, names = batch_codes(adata.obs, batch_key)
+    labels, names = slots.batches(adata, batch_key)
     embeddings = slots.representation(adata, use_rep, layer)
     config = BatchCorrectionConfig(
         n_clusters=n_clusters or max(1, min(100, round(len(embeddings) / 30))),
@@ -207,8 +206,8 @@ def cluster(
 ) -> None:
     """Groups cells by soft k-means (`SoftKMeansClustering`).
 
-    `n_clusters` None is 10; `temperature` is in units of squared distance in the representation; `use_rep` None
-    is the PCA of log-normalised counts of the variable genes.
+    `n_clusters` None is 10; `temperature` is in units of squared distance in the representation; `use_rep`
+    None is the PCA of log-normalised counts of the variable genes.
 
     Adds `obs["diffbio_cluster"]` (categorical strings), `obs["diffbio_cluster_max_prob"]` and
     `obsm["diffbio_cluster_prob"]` (cells, clusters), whose rows sum to 1.

@@ -19,7 +19,7 @@ def per_cell(counts: Any, *, total: float | None = None) -> Any:
     if total is None:
         total = float(np.median(sizes[sizes > 0])) if (sizes > 0).any() else 1.0
     factors = np.where(sizes > 0, total / np.where(sizes > 0, sizes, 1.0), 0.0).astype(np.float32)
-    if not sparse.issparse(counts):
+    if isinstance(counts, np.ndarray):
         return counts.astype(np.float32) * factors[:, None]
     values = counts.data.astype(np.float32) * np.repeat(factors, np.diff(counts.indptr))
     return _like(counts, values)
@@ -28,7 +28,7 @@ def per_cell(counts: Any, *, total: float | None = None) -> Any:
 def shifted_log(counts: Any, *, total: float | None = None) -> Any:
     """log(1 + x_ij * total / sum_j x_ij), scanpy's normalize_total and log1p (Ahlmann-Eltze & Huber 2023)."""
     scaled = per_cell(counts, total=total)
-    return _like(scaled, np.log1p(scaled.data)) if sparse.issparse(scaled) else np.log1p(scaled)
+    return np.log1p(scaled) if isinstance(scaled, np.ndarray) else _like(scaled, np.log1p(scaled.data))
 
 
 def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
@@ -40,7 +40,7 @@ def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
     rows = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     columns = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
     mean = np.outer(rows, columns / max(columns.sum(), 1.0)).astype(np.float32)
-    dense = counts.toarray() if sparse.issparse(counts) else counts
+    dense = counts if isinstance(counts, np.ndarray) else counts.toarray()
     sd = np.sqrt(np.where(mean > 0, mean + mean**2 / theta, 1.0))
     limit = np.sqrt(len(mean))
     return np.clip((dense - mean) / sd, -limit, limit).astype(np.float32)
@@ -48,7 +48,7 @@ def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
 
 def _checked(counts: Any) -> Any:
     counts = checked_csr(counts, "counts") if sparse.issparse(counts) else np.asarray(counts)
-    values = counts.data if sparse.issparse(counts) else counts
+    values = counts if isinstance(counts, np.ndarray) else counts.data
     if values.size and not (np.isfinite(values).all() and values.min() >= 0):
         msg = "counts hold NaN, infinite or negative values; pass raw counts, with layer= if X is scaled"
         raise DataError(msg)

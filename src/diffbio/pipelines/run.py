@@ -1,4 +1,4 @@
-"""One analysis of one data set: checked, genes chosen, pipeline trained, results and their provenance handed out."""
+"""One analysis of one data set: checks, choice of genes, training, results with their provenance."""
 
 import dataclasses
 import difflib
@@ -11,12 +11,12 @@ from scipy import sparse
 
 from .. import slots
 from ..data.genes import highly_variable_genes
-from ..data.guard import free_memory, open_zarr, opened, sniff
 from ..data.names import batch_codes, label_codes
 from ..data.plain import plain
 from ..data.provenance import provenance
 from ..data.read import read
 from ..data.source import Source, as_source, counts_of
+from ..data.tables import tables_of
 from ..data.validate import check_ambient_profile, check_counts
 from ..data.write import RowStream, add_results
 from ..errors import ConfigError, MissingKeyError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
-SHARE_OF_MEMORY = 0.25  # of what is free, that a whole file may take
 STAGES = {
     "ambient removal": "ambient_removal",
     "normalisation": "vae_normalizer",
@@ -185,18 +184,19 @@ def prepare(data: "AnnData | str | Path", run: RunSettings) -> Prepared:
         DataError: naming what is wrong.
     """
     skipped: dict[str, str] = {}
-    obs, var, uns = _tables(data)
+    obs, var, names, _, _ = tables_of(data)
     matrix = counts_of(data, layer=run.layer)
     summary = check_counts(
         matrix,
         name="X" if run.layer is None else f"layers[{run.layer!r}]",
         obs_names=obs.index,
         var_names=var.index,
-        uns=uns if run.layer is None else (),
+        uns=names["uns"] if run.layer is None else (),
         allow_non_integer=run.allow_non_integer,
     )
     places = {"counts": "X" if run.layer is None else f"layers/{run.layer}"}
-    codes, batches = None, []
+    codes: np.ndarray | None = None
+    batches: list[str] = []
     if run.batch_key is None:
         skipped["batch correction"] = "no batch key was given"
     else:
@@ -218,7 +218,7 @@ def prepare(data: "AnnData | str | Path", run: RunSettings) -> Prepared:
     else:
         places["ambient_profile"] = f"var/{run.ambient_profile or slots.AMBIENT_PROFILE}"
         check_ambient_profile(profile, matrix.shape[1])
-    source = as_source(
+    source: Any = as_source(
         data,
         cell_keys={"counts", "batch_labels"},
         constant_keys={"ambient_profile"},
@@ -236,25 +236,6 @@ def prepare(data: "AnnData | str | Path", run: RunSettings) -> Prepared:
         "nonzero": summary.n_nonzero,
     }
     return Prepared(source, genes, matrix.shape[1], batches, labels, skipped, counts)
-
-
-def should_stream(path: Path) -> bool:
-    """Whether a .h5ad or .zarr is so large that its counts had better stay on disk: over a quarter of free memory."""
-    kind = sniff(path)
-    if kind not in ("h5ad", "zarr"):
-        return False
-    store: Any = opened(path) if kind == "h5ad" else open_zarr(path)
-    try:
-        return _claimed(store) > SHARE_OF_MEMORY * free_memory()
-    finally:
-        if kind == "h5ad":
-            store.close()
-
-
-def _claimed(store: Any) -> int:
-    """Bytes of all arrays of an open file once they are in memory."""
-    members = [store[name] for name in store]
-    return sum(int(m.size * m.dtype.itemsize) if hasattr(m, "dtype") else _claimed(m) for m in members)
 
 
 def _profile(var: "pd.DataFrame", column: str | None) -> np.ndarray | None:
@@ -284,23 +265,6 @@ def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSetti
         msg = f"n_clusters must be at most the number of cells, {n_cells}, got {pipeline.config.n_clusters}."
         raise ConfigError(msg)
     return pipeline
-
-
-def _tables(data: "AnnData | str | Path") -> "tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]":
-    """`obs`, `var` and the keys of `uns`, the matrices staying where they are."""
-    if not isinstance(data, str | Path):
-        return data.obs, data.var, tuple(data.uns)
-    from anndata.io import read_elem
-
-    kind = sniff(Path(data))
-    if kind not in ("h5ad", "zarr"):  # 10x files are small, and read whole anyway
-        return _tables(read(data))
-    store = opened(Path(data)) if kind == "h5ad" else open_zarr(Path(data))
-    try:
-        return read_elem(store["obs"]), read_elem(store["var"]), tuple(store.get("uns", ()))
-    finally:
-        if kind == "h5ad":
-            store.close()
 
 
 def _stages(pipeline: SingleCellPipeline) -> dict[str, Operator]:
@@ -381,12 +345,14 @@ class Analysis:
             f", {self.pipeline.config.n_clusters} clusters" if self.pipeline.clustering is not None else ""
         )
         lines = [
-            f"{n_cells:,} cells, {n_genes:,} genes{clusters}; {self.record['seconds']:.0f} s on {self.record['device']}"
+            f"{n_cells:,} cells, {n_genes:,} genes{clusters}; "
+            f"{self.record['seconds']:.0f} s on {self.record['device']}"
         ]
         if scores := self.record.get("scores"):
             shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             lines.append(
-                f"clusters against {self.record['params']['label_key']}: {shown} (1 is the same, ARI of chance is 0)"
+                f"clusters against {self.record['params']['label_key']}: {shown} "
+                "(1 is the same; ARI of chance is 0)"
             )
         return lines + [f"not run: {stage} ({reason})" for stage, reason in self.prepared.skipped.items()]
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..data.guard import free_memory, open_zarr, opened, sniff
+from ..data.guard import free_memory
 from ..data.matrix import DiskMatrix
 from ..data.read import read
 from ..data.source import counts_of
+from ..data.tables import tables_of
 from ..data.validate import check_counts
 from ..errors import DiffBioError
 
@@ -28,27 +29,19 @@ def facts_of(path: Path) -> Iterator[str]:
     Raises:
         InputFileError: it cannot be read as one.
     """
-    kind = sniff(path)
+    obs, var, names, size, kind = tables_of(path)
     if kind in ("h5ad", "zarr"):
-        from anndata.io import read_elem
-
-        counts_of(path)  # checks links, sizes and pointers before anything is read
-        store = opened(path) if kind == "h5ad" else open_zarr(path)
-        obs, var = read_elem(store["obs"]), read_elem(store["var"])
-        slots = {slot: sorted(store.get(slot, ())) for slot in ("layers", "obsm", "obsp", "uns")}
-        layers: dict[str | None, Any] = {None: counts_of(path)} if "X" in store else {}
-        layers |= {name: counts_of(path, layer=name) for name in slots["layers"]}
-        size = _claimed(store)
+        layers: dict[str, Any] = {"X": counts_of(path)}
+        layers |= {f"layers/{name}": counts_of(path, layer=name) for name in names["layers"]}
     else:
-        adata = read(path)
-        obs, var, slots, layers = adata.obs, adata.var, {}, {None: adata.X}
-        size = adata.X.data.nbytes + adata.X.indices.nbytes
-    yield f"{path}: {kind}, {len(obs):,} cells x {len(var):,} genes, {_bytes(size)} in memory, {_bytes(free_memory())} free"
+        layers = {"X": read(path).X}
+    memory = f"{_bytes(size)} in memory, {_bytes(free_memory())} free"
+    yield f"{path}: {kind}, {len(obs):,} cells x {len(var):,} genes, {memory}"
     for name, matrix in layers.items():
-        yield f"  {'X' if name is None else f'layers/{name}'}: {_kind_of(matrix)}"
+        yield f"  {name}: {_kind_of(matrix)}"
     for slot in ("obsm", "obsp", "uns"):
-        if slots.get(slot):
-            yield f"  {slot}: {_names(slots[slot])}"
+        if names[slot]:
+            yield f"  {slot}: {_names(names[slot])}"
     for name in obs.columns:
         yield f"  obs/{name}: {_column(obs[name])}"
     if len(var.columns):
@@ -145,15 +138,6 @@ def _names(names: list[str]) -> str:
         "".join(c if c.isprintable() else "?" for c in name)[:60] for name in names[:MOST_NAMES]
     )
     return shown + (f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else "")
-
-
-def _claimed(store: Any) -> int:
-    """Bytes of all arrays of an open file once they are in memory."""
-    total = 0
-    for name in store:
-        member = store[name]
-        total += int(member.size * member.dtype.itemsize) if hasattr(member, "dtype") else _claimed(member)
-    return total
 
 
 def _bytes(n: int) -> str:

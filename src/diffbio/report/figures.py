@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEMO_FILES = frozenset({
-    "cells.h5ad", "out.h5ad", "report.html", "umap_diffbio_cluster.png", "umap_cell_type.png", "cluster_sizes.png",
-    "training.png", "out.h5ad.checkpoint",
+    "cells.h5ad", "out.h5ad", "report.html", "umap_diffbio_cluster.png", "umap_cell_type.png",
+    "cluster_sizes.png", "training.png", "out.h5ad.checkpoint",
 })  # fmt: skip
 DPI = 160
 
 
 def figures_of(adata: "AnnData") -> "dict[str, Figure]":
-    """Every figure that the results in `adata` allow, by name: maps, cluster sizes, ambient RNA, training curves."""
+    """Every figure that the results in `adata` allow, by name."""
     drawn: dict[str, Any] = {}
     if "X_diffbio_umap" in adata.obsm and adata.n_obs:
         for name in pl.colors_of(adata, label_key(adata)) or [None]:

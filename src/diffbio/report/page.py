@@ -23,11 +23,13 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; } caption { text-align: left; color: #888; }
-th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; font-weight: normal; }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top;  overflow-wrap: anywhere; font-weight: normal; }
 th { color: #888; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.notes { border-left: 4px solid var(--warn); padding: .3rem 1rem; } .notes ul { margin: 0; padding-left: 1.1rem; }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; background: white; padding: .5rem; }
+.notes { border-left: 4px solid var(--warn); padding: .3rem 1rem; }
+.notes ul { margin: 0; padding-left: 1.1rem; }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; background: white; padding: .5rem; }
 figure img { max-width: 100%; height: auto; max-height: 26rem; display: block; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 @media print { details > * { display: block; } }
@@ -114,7 +116,7 @@ def assessment(adata: "AnnData") -> list[str]:
         skipped = float(np.nansum(history.get("skipped_steps", np.zeros(len(rows)))[rows]))
         if skipped:
             said.append(
-                f"{stage}: {skipped:.0f} steps had an infinite gradient and were skipped; lower learning_rate."
+                f"{stage}: {skipped:.0f} steps with an infinite gradient were skipped; lower learning_rate."
             )
         if not np.isfinite(validation).any():
             continue
@@ -127,14 +129,12 @@ def assessment(adata: "AnnData") -> list[str]:
                     f"{stage}: the validation loss was still falling at the end; more epochs may help."
                 )
         elif validation[-1] - validation[best] > 0.25 * span:
-            said.append(
-                f"{stage}: the validation loss rose after epoch {best + 1}; the weights of that epoch were kept."
-            )
+            said.append(f"{stage}: the validation loss rose after epoch {best + 1}, whose weights were kept.")
     return said or (["No stage shows a sign of trouble."] if pl.stages_of(adata) else [])
 
 
 def text(value: Any) -> str:
-    """A value from the file as harmless text: escaped, cut, letters that reorder or hide text made visible."""
+    """A value from the file as harmless text: escaped, cut, letters that reorder text made visible."""
     if isinstance(value, np.ndarray | list | tuple):
         value = ", ".join(str(item) for item in np.ravel(np.asarray(value, dtype=object))[:MOST_ROWS])
     elif isinstance(value, float | np.floating):
@@ -166,7 +166,8 @@ def _clusters(adata: "AnnData") -> str:
     means = np.bincount(codes, weight, minlength=len(names)) / np.maximum(sizes, 1)
     head = "<tr><th>cluster<th>cells<th>share" + ("" if sure is None else "<th>mean probability") + "</tr>"
     rows = [
-        f'<tr><td>{text(names[k])}<td class="number">{sizes[k]:,}<td class="number">{sizes[k] / len(codes):.1%}'
+        f'<tr><td>{text(names[k])}<td class="number">{sizes[k]:,}'
+        f'<td class="number">{sizes[k] / len(codes):.1%}'
         + ("" if sure is None else f'<td class="number">{means[k]:.3f}')
         for k in range(min(len(names), MOST_ROWS))
     ]

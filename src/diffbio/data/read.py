@@ -75,7 +75,7 @@ def read(path: str | Path | AnnData, *, backed: bool = False) -> AnnData:
         return _read_h5ad(path, backed=True)
     try:
         return reader(path)
-    except DiffBioError:
+    except (DiffBioError, Warning):  # a warning arrives here where the user turned warnings into errors
         raise
     except Exception as error:
         msg = f"is damaged: it cannot be read as {kind}; {path}; make a fresh copy"
@@ -239,7 +239,7 @@ def _read_10x_mtx(path: Path) -> AnnData:
     features = _lines(_beside(path, prefix, "features", "genes"))
     barcodes = [line[0] for line in _lines(_beside(path, prefix, "barcodes"))]
     _check_mtx(found[0], len(features), len(barcodes))
-    matrix = sparse.csr_array(cast("Any", mmread(found[0])).T)
+    matrix = sparse.csr_array(cast("Any", mmread(found[0], spmatrix=False)).T)
     columns = {
         "gene_symbols": [line[1] if len(line) > 1 else line[0] for line in features],
         "gene_ids": [line[0] for line in features],

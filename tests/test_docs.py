@@ -1,0 +1,122 @@
+"""Every python block of README and docs/ runs, in order, each page in one namespace."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def small_adata():
+    import anndata
+
+    rng = np.random.default_rng(0)
+    from scipy import sparse
+
+    counts = sparse.csr_matrix(rng.poisson(0.5, (40, 2000)).astype(np.float32))
+    adata = anndata.AnnData(counts)
+    adata.obs["batch"] = np.where(np.arange(40) % 2, "a", "b")
+    adata.obs["batch"] = adata.obs["batch"].astype("category")
+    return adata
+
+
+def pipeline_page():
+    """What the pipeline page takes for granted: data, and the parts its pseudo-code names."""
+    from diffbio.operators.normalization import VAENormalizer, VAENormalizerConfig
+    from diffbio.pipelines import create_single_cell_pipeline
+
+    def cells(seed, n=100):
+        keys = jax.random.split(jax.random.key(seed), 2)
+        return {
+            "counts": jax.random.poisson(keys[0], 5.0, (n, 2000)).astype(jnp.float32),
+            "ambient_profile": jnp.full((2000,), 1 / 2000),
+            "batch_labels": jax.random.randint(keys[1], (n,), 0, 3),
+        }
+
+    from flax import nnx
+
+    vae = VAENormalizer(VAENormalizerConfig(n_genes=2000, latent_dim=8), rngs=nnx.Rngs(0))
+    umap = create_single_cell_pipeline(n_genes=2000, latent_dim=8, seed=1).dim_reduction
+    embeddings = jax.random.normal(jax.random.key(1), (100, 8))
+    centroids = embeddings[:4]
+
+    def encode(counts):
+        q = vae.vae.encode(jnp.asarray(counts, jnp.float32))
+        return q.mean, q.logvar
+
+    def distances(x, y):
+        return ((x[:, None] - y[None]) ** 2).sum(-1)
+
+    return {
+        "adata": small_adata(),
+        "key": jax.random.key(3),
+        "empty_droplets": np.random.default_rng(1).poisson(0.2, (30, 2000)),
+        "train_data": cells(4),
+        "train_labels": jax.nn.one_hot(jnp.arange(100) % 10, 10),
+        "new_data": cells(5, n=100),
+        # names in the pseudo-code of the stages
+        "encoder": encode,
+        "reparameterize": lambda mean, logvar: mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), mean.shape),
+        "decoder": lambda z: jax.nn.softmax(vae.vae.decoder.fraction(vae.vae.decoder.network(z))),
+        "vae_decoder": lambda z: jax.nn.softmax(vae.vae.decoder.fraction(vae.vae.decoder.network(z))),
+        "z": jnp.zeros((100, 8)),
+        "ambient_fraction": 0.1,
+        "n_iterations": 2,
+        "embeddings": embeddings,
+        "soft_kmeans": lambda x: jax.nn.softmax(-distances(x, centroids)),
+        "compute_harmony_correction": lambda r, labels: jnp.zeros((len(r), 8)),
+        "umap_network": lambda x: umap(x)["embedding"],
+        "corrected_embeddings": embeddings,
+        "compute_distances": distances,
+        "softmax": jax.nn.softmax,
+        "centroids": centroids,
+        "temperature": 1.0,
+    }
+
+
+PRELUDES = {"single_cell_pipeline.md": pipeline_page}
+# An elision that a reader fills in: the one place where a block is not run word for word.
+ELISIONS = {"jnp.array([0, 0, 1, 1, 2, ...])": "jnp.array([0, 0, 1, 1, 2])"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_blocks_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    small_adata().write_h5ad("data.h5ad")
+    small_adata().write_h5ad("cells.h5ad")
+    namespace = {"__name__": "documentation"}
+    namespace |= PRELUDES.get(page.name, dict)()
+    text = page.read_text()
+    blocks = [(text[: m.start()].count("\n") + 2, m.group(1)) for m in BLOCK.finditer(text)]
+    for line, block in blocks:
+        for elided, filled in ELISIONS.items():
+            block = block.replace(elided, filled)
+        code = compile("\n" * (line - 1) + textwrap.dedent(block), str(page), "exec")
+        exec(code, namespace)
+    plt.close("all")
+
+
+def test_the_pipeline_page_holds_what_it_says(tmp_path, monkeypatch):
+    """The quick start, with its sizes: exact keys and shapes, an honest mark, and training that lowers the loss."""
+    text = (ROOT / "docs" / "single_cell_pipeline.md").read_text()
+    namespace = {}
+    exec(BLOCK.search(text).group(1), namespace)
+    result, _, metadata = namespace["pipeline"].apply(namespace["data"], {}, None)
+    shapes = {key: value.shape for key, value in result.items()}
+    assert shapes == {
+        "counts": (100, 2000), "ambient_profile": (2000,), "batch_labels": (100,),
+        "decontaminated_counts": (100, 2000), "normalized": (100, 2000), "latent": (100, 64),
+        "corrected_embeddings": (100, 64), "embeddings_2d": (100, 2), "cluster_assignments": (100, 10),
+    }
+    assert set(metadata["unfitted"]) == set(shapes) - {"counts", "ambient_profile", "batch_labels"}
+    np.testing.assert_allclose(result["cluster_assignments"].sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(result["normalized"].sum(1), 1, rtol=1e-4)

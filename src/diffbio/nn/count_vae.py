@@ -136,6 +136,16 @@ class Decoder(nnx.Module):
         pi_logit = none if self.extra_zeros is None else self.extra_zeros(h)
         return CountDistribution(log_fraction + log_library[:, None], self._log_theta(h, groups), pi_logit)
 
+    def start_at(self, fraction: np.ndarray, theta: np.ndarray) -> None:
+        """Makes `fraction` and `theta`, (genes,) on the host, what an average cell is decoded to."""
+        starts = [(self.fraction.bias, fraction), (self.log_theta, theta)]
+        if self.cell_theta is not None:
+            starts.append((self.cell_theta.bias, theta))
+        for param, start in starts:
+            if param is not None:
+                value = jnp.asarray(np.log(start), param[...].dtype)
+                param.set_value(jnp.broadcast_to(value, param[...].shape))
+
     def _log_theta(self, h: jax.Array, groups: jax.Array | None) -> jax.Array:
         if self.cell_theta is not None:
             return self.cell_theta(h)
@@ -229,15 +239,7 @@ class CountVAE(nnx.Module):
 
         counts: (cells, genes) on the host. library: (cells,).
         """
-        fraction, theta = moments(counts, library)
-        decoder = self.decoder
-        starts = [(decoder.fraction.bias, fraction), (decoder.log_theta, theta)]
-        if decoder.cell_theta is not None:
-            starts.append((decoder.cell_theta.bias, theta))
-        for param, start in starts:
-            if param is not None:
-                value = jnp.asarray(np.log(start), param[...].dtype)
-                param.set_value(jnp.broadcast_to(value, param[...].shape))
+        self.decoder.start_at(*moments(counts, library))
 
 
 def count_log_prob(

@@ -300,7 +300,7 @@ def test_flipped_bits(h5ad):
     The HDF5 library itself crashes on some flips in its metadata, which no check from outside can prevent:
     the child may die of it, this process may not.
     """
-    first, last, crashes, printed = 0, 60, 0, []
+    first, last, crashes, printed = 0, 40, 0, []
     while first < last:
         child = subprocess.run(
             [sys.executable, "-c", CHILD, str(h5ad), str(first), str(last)],

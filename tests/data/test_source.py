@@ -27,7 +27,7 @@ def same(one, two):
         np.testing.assert_array_equal(one[key], two[key], err_msg=key)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_cells=st.integers(1, 150),

@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     "error",
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed: No space left on device")],
 )
-@pytest.mark.parametrize("step", ["_base", "_add", "_sync"])
+@pytest.mark.parametrize("step", ["_base", "_add"])
 def test_full_disk(tmp_path, small, monkeypatch, suffix, error, step):
     path = write_results(small, tmp_path / f"out{suffix}", {"latent": soft()})
     before = everything(read(path))

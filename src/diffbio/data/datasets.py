@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.data.read import quiet, read
-from diffbio.data.stream import RowStream, write_stream
-from diffbio.errors import ConfigError, InputFileError
+from ..errors import ConfigError, InputFileError
+from .read import quiet, read
+from .stream import RowStream, write_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffbio.data.matrix import row_chunks
-from diffbio.errors import ConfigError, DataError, DataWarning
+from ..errors import ConfigError, DataError, DataWarning
+from .matrix import row_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

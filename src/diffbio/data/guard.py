@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
-from diffbio.data.matrix import check_indptr, encoding, frame_length, stored_shape
-from diffbio.errors import DeviceMemoryError, InputFileError
+from ..errors import DeviceMemoryError, InputFileError
+from .matrix import check_indptr, encoding, frame_length, stored_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

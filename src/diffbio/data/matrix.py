@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.errors import DataError, InputFileError, MissingKeyError
+from ..errors import DataError, InputFileError, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.errors import DataError, DataWarning, MissingKeyError
+from ..errors import DataError, DataWarning, MissingKeyError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.data.plain import plain
+from .plain import plain
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

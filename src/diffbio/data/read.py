@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.data.guard import (
+from ..errors import DataWarning, DiffBioError, InputFileError
+from .guard import (
     MAX_EXPANSION,
     check_h5ad,
     check_hdf5,
@@ -20,8 +21,7 @@ from diffbio.data.guard import (
     require_memory,
     sniff,
 )
-from diffbio.data.matrix import check_columns, check_indptr
-from diffbio.errors import DataWarning, DiffBioError, InputFileError
+from .matrix import check_columns, check_indptr
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
-from scipy import sparse
 
-from diffbio.data.guard import check_h5ad, check_zarr, open_zarr, opened, sniff
-from diffbio.data.matrix import DiskMatrix, Rows, checked_csr, encoding
-from diffbio.data.names import batch_codes
-from diffbio.data.read import quiet, read
-from diffbio.errors import DataError, DataWarning, MissingKeyError
+from ..errors import DataError, DataWarning, MissingKeyError
+from .batches import in_memory, nbytes, rows_of
+from .file_source import FileSource
+from .guard import check_h5ad, check_zarr, open_zarr, opened, sniff
+from .matrix import DiskMatrix, encoding
+from .names import batch_codes
+from .read import quiet, read
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -24,24 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-type Batch = dict[str, NDArray[Any]]
-
-# Integer arrays under these names count or point at things; every other integer array is a measurement.
-INTEGER_ENDINGS = ("labels", "label", "indices", "index", "pairs", "edges", "graph")
-BLOCK_ROWS = 64
-GROUP_ROWS = 4096
-
-
-def batch_dtype(key: str, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype an array has in a batch: bool as it is, labels and indices int32, the rest float32."""
-    if dtype == np.bool_:
-        return dtype
-    if np.issubdtype(dtype, np.integer) and key.endswith(INTEGER_ENDINGS):
-        return np.dtype(np.int32)
-    if np.issubdtype(dtype, np.number):
-        return np.dtype(np.float32)
-    msg = f"{key}: dtype {dtype} is no number; encode names as integers first (diffbio.data.batch_codes)"
-    raise DataError(msg)
+    from .batches import Batch
 
 
 def as_source(
@@ -266,47 +248,6 @@ def _file_source(
     )
 
 
-def _in_memory(
-    cells: Mapping[str, Any], constants: Mapping[str, Any], n_cells: int | None = None
-) -> tuple[dict[str, Any], Batch, int]:
-    """Return cells (CSR or numpy), constants (numpy) and the number of cells, all lengths checked."""
-    held: dict[str, Any] = {}
-    for key, value in cells.items():
-        held[key] = checked_csr(value, key) if sparse.issparse(value) else np.asarray(value)
-        batch_dtype(key, held[key].dtype)
-        if held[key].ndim == 0:
-            msg = f"{key}: is a single number, but one entry per cell is needed"
-            raise DataError(msg)
-    lengths = {key: int(value.shape[0]) for key, value in held.items()}
-    if n_cells is not None:
-        lengths = {"the file": n_cells, **lengths}
-    if len(set(lengths.values())) != 1:
-        msg = "no array with a cell axis was given; pass counts or embeddings"
-        if lengths:
-            listed = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-            msg = f"arrays disagree on the number of cells: {listed}; give every key the same cells"
-        raise DataError(msg)
-    ready: Batch = {}
-    for key, value in constants.items():
-        array = cast("Any", value).toarray() if sparse.issparse(value) else np.asarray(value)
-        ready[key] = array.astype(batch_dtype(key, array.dtype), copy=False)
-    return held, ready, next(iter(lengths.values()))
-
-
-def _rows_of(key: str, value: Any, rows: NDArray[np.integer]) -> NDArray[Any]:
-    """Return `value[rows]` dense, in the dtype of a batch."""
-    dtype = batch_dtype(key, value.dtype)
-    if isinstance(value, sparse.csr_array):
-        return cast("NDArray[Any]", value[rows].astype(dtype, copy=False).toarray())
-    return cast("NDArray[Any]", value[rows].astype(dtype, copy=False))
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, sparse.csr_array):
-        return int(value.data.nbytes + value.indices.nbytes + value.indptr.nbytes)
-    return int(value.nbytes)
-
-
 @runtime_checkable
 class Source(Protocol):
     """Cells that can be taken a batch at a time.
@@ -355,156 +296,19 @@ class ArraySource:
         *,
         categories: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.cells, self.constants, self.n_cells = _in_memory(cells, constants or {})
+        self.cells, self.constants, self.n_cells = in_memory(cells, constants or {})
         self.keys = (*self.cells, *self.constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
 
     @property
     def nbytes_in_memory(self) -> int:
         """Bytes of all arrays held."""
-        return sum(map(_nbytes, (*self.cells.values(), *self.constants.values())))
+        return sum(map(nbytes, (*self.cells.values(), *self.constants.values())))
 
     def take(self, rows: NDArray[np.integer]) -> Batch:
         """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
-        return {key: _rows_of(key, value, rows) for key, value in self.cells.items()} | self.constants
+        return {key: rows_of(key, value, rows) for key, value in self.cells.items()} | self.constants
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return a random permutation of `rows`."""
         return rng.permutation(rows)
-
-
-class FileSource:
-    """Cells whose matrices stay on disk; memory held does not grow with the file, row pointers aside.
-
-    A random order is a block shuffle: blocks of `block_rows` neighbouring rows are put in random order,
-    `group_rows` rows' worth of blocks at a time are mixed row by row. Taking that order part by part reads
-    each block once, and two groups of blocks are kept in memory. Safe to call from several threads.
-
-    Parameters
-    ----------
-    matrices
-        key -> open `DiskMatrix`.
-    cells, constants, categories
-        As for `ArraySource`; held in memory.
-    block_rows
-        Rows read at once; raised to the rows of one compressed chunk of the file. At most 1024.
-    group_rows
-        Rows mixed at once.
-    store
-        What to close in `close()`.
-    """
-
-    def __init__(
-        self,
-        matrices: Mapping[str, DiskMatrix],
-        cells: Mapping[str, Any] | None = None,
-        constants: Mapping[str, Any] | None = None,
-        *,
-        categories: Mapping[str, Sequence[str]] | None = None,
-        block_rows: int = BLOCK_ROWS,
-        group_rows: int = GROUP_ROWS,
-        store: Any = None,
-    ) -> None:
-        self.matrices = dict(matrices)
-        lengths = {matrix.shape[0] for matrix in self.matrices.values()}
-        if len(lengths) > 1:
-            listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self.matrices.items())
-            msg = f"matrices of the file disagree on the number of cells: {listed}; write the file again"
-            raise DataError(msg)
-        self.cells, self.constants, self.n_cells = _in_memory(
-            cells or {}, constants or {}, next(iter(lengths), None)
-        )
-        self.keys = (*self.matrices, *self.cells, *self.constants)
-        self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
-        per_chunk = max((matrix.rows_per_chunk() for matrix in self.matrices.values()), default=1)
-        self.block_rows = min(max(block_rows, per_chunk), 1024)
-        self.blocks_per_group = max(1, group_rows // self.block_rows)
-        self._store = store
-        self._lock = threading.Lock()
-        self._blocks: OrderedDict[int, dict[str, Rows | NDArray[Any]]] = OrderedDict()
-        self.n_block_reads = 0
-
-    @property
-    def nbytes_in_memory(self) -> int:
-        """Bytes of row pointers, columns and the blocks held now."""
-        held = sum(map(_nbytes, (*self.cells.values(), *self.constants.values())))
-        held += sum(matrix.nbytes_in_memory for matrix in self.matrices.values())
-        return held + sum(int(part.nbytes) for block in self._blocks.values() for part in block.values())
-
-    def take(self, rows: NDArray[np.integer]) -> Batch:
-        """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
-        rows = np.asarray(rows)
-        if rows.size and (rows.min() < 0 or rows.max() >= self.n_cells):
-            msg = f"take: rows must lie in [0, {self.n_cells}), got {rows.min()} to {rows.max()}"
-            raise IndexError(msg)
-        batch: Batch = {}
-        with self._lock:
-            if self.matrices:
-                self._load(np.unique(rows // self.block_rows))
-            for key, matrix in self.matrices.items():
-                batch[key] = self._gather(key, matrix, rows)
-            self._evict()
-        batch |= {key: _rows_of(key, value, rows) for key, value in self.cells.items()}
-        return batch | self.constants
-
-    def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
-        """Return `rows` block-shuffled."""
-        rows = np.asarray(rows)
-        block = rows // self.block_rows
-        n_blocks = -(-self.n_cells // self.block_rows)
-        group = rng.permutation(n_blocks)[block] // self.blocks_per_group
-        return rows[np.lexsort((rng.random(len(rows)), group))]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._blocks.clear()
-        if hasattr(self._store, "close"):
-            self._store.close()
-
-    def _load(self, wanted: NDArray[np.integer]) -> None:
-        """Bring the blocks `wanted` (sorted) into memory; neighbours are read together."""
-        missing = [int(block) for block in wanted if block not in self._blocks]
-        for block in wanted.tolist():
-            if block in self._blocks:
-                self._blocks.move_to_end(block)
-        for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if missing else []:
-            first, last = int(run[0]), int(run[-1]) + 1
-            start, stop = first * self.block_rows, min(last * self.block_rows, self.n_cells)
-            read = {key: matrix.read(start, stop) for key, matrix in self.matrices.items()}
-            for block in range(first, last):
-                low = block * self.block_rows - start
-                high = min(low + self.block_rows, stop - start)
-                self._blocks[block] = {key: _part(value, low, high) for key, value in read.items()}
-                self.n_block_reads += 1
-
-    def _gather(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer]) -> NDArray[Any]:
-        blocks, offsets = np.divmod(rows, self.block_rows)
-        if matrix.encoding == "dense":
-            dtype = batch_dtype(key, matrix.dtype)
-            out = np.empty((len(rows), matrix.shape[1]), dtype)
-            for i, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
-                out[i] = cast("NDArray[Any]", self._blocks[block][key])[offset]
-            return out
-        out = np.zeros((len(rows), matrix.shape[1]), np.float32)
-        for row, block, offset in zip(out, blocks.tolist(), offsets.tolist(), strict=True):
-            starts, columns, values = cast("Rows", self._blocks[block][key])
-            low, high = starts[offset], starts[offset + 1]
-            row[columns[low:high]] = values[low:high]
-        return out
-
-    def _evict(self) -> None:
-        """Forget the blocks used longest ago; two groups stay, since a batch may straddle two."""
-        while len(self._blocks) > 2 * self.blocks_per_group:
-            self._blocks.popitem(last=False)
-
-
-def _part(value: Rows | NDArray[Any], low: int, high: int) -> Rows | NDArray[Any]:
-    """Copy rows [low, high), so that the larger array read with them can be freed."""
-    if isinstance(value, Rows):
-        first, last = value.starts[low], value.starts[high]
-        return Rows(
-            value.starts[low : high + 1] - first,
-            value.columns[first:last].copy(),
-            value.values[first:last].copy(),
-        )
-    return value[low:high].copy()

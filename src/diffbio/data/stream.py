@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diffbio.data.plain import to_numpy
-from diffbio.errors import DataError
+from ..errors import DataError
+from .plain import to_numpy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diffbio.data.matrix import row_chunks
-from diffbio.data.names import check_names
-from diffbio.errors import DataError, DataWarning
+from ..errors import DataError, DataWarning
+from .matrix import row_chunks
+from .names import check_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from scipy import sparse
 
-from diffbio.data.guard import sniff
-from diffbio.data.matrix import frame_length
-from diffbio.data.plain import plain, to_numpy
-from diffbio.data.read import quiet, read
-from diffbio.data.stream import RowStream, write_stream
-from diffbio.errors import DataError, DiffBioError, OutputError
+from ..errors import DataError, DiffBioError, OutputError
+from .guard import sniff
+from .matrix import frame_length
+from .plain import plain, to_numpy
+from .read import quiet, read
+from .stream import RowStream, write_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

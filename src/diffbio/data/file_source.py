@@ -1,0 +1,160 @@
+"""Cells read from a file that may be larger than memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from ..errors import DataError
+from .batches import batch_dtype, in_memory, nbytes, rows_of
+from .matrix import DiskMatrix, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from .batches import Batch
+
+BLOCK_ROWS = 64
+GROUP_ROWS = 4096
+
+
+def _part(value: Rows | NDArray[Any], low: int, high: int) -> Rows | NDArray[Any]:
+    """Copy rows [low, high), so that the larger array read with them can be freed."""
+    if isinstance(value, Rows):
+        first, last = value.starts[low], value.starts[high]
+        return Rows(
+            value.starts[low : high + 1] - first,
+            value.columns[first:last].copy(),
+            value.values[first:last].copy(),
+        )
+    return value[low:high].copy()
+
+
+class FileSource:
+    """Cells whose matrices stay on disk; memory held does not grow with the file, row pointers aside.
+
+    A random order is a block shuffle: blocks of `block_rows` neighbouring rows are put in random order,
+    `group_rows` rows' worth of blocks at a time are mixed row by row. Taking that order part by part reads
+    each block once, and two groups of blocks are kept in memory. Safe to call from several threads.
+
+    Parameters
+    ----------
+    matrices
+        key -> open `DiskMatrix`.
+    cells, constants, categories
+        As for `ArraySource`; held in memory.
+    block_rows
+        Rows read at once; raised to the rows of one compressed chunk of the file. At most 1024.
+    group_rows
+        Rows mixed at once.
+    store
+        What to close in `close()`.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, DiskMatrix],
+        cells: Mapping[str, Any] | None = None,
+        constants: Mapping[str, Any] | None = None,
+        *,
+        categories: Mapping[str, Sequence[str]] | None = None,
+        block_rows: int = BLOCK_ROWS,
+        group_rows: int = GROUP_ROWS,
+        store: Any = None,
+    ) -> None:
+        self.matrices = dict(matrices)
+        lengths = {matrix.shape[0] for matrix in self.matrices.values()}
+        if len(lengths) > 1:
+            listed = ", ".join(f"{key} has {m.shape[0]}" for key, m in self.matrices.items())
+            msg = f"matrices of the file disagree on the number of cells: {listed}; write the file again"
+            raise DataError(msg)
+        self.cells, self.constants, self.n_cells = in_memory(
+            cells or {}, constants or {}, next(iter(lengths), None)
+        )
+        self.keys = (*self.matrices, *self.cells, *self.constants)
+        self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
+        per_chunk = max((matrix.rows_per_chunk() for matrix in self.matrices.values()), default=1)
+        self.block_rows = min(max(block_rows, per_chunk), 1024)
+        self.blocks_per_group = max(1, group_rows // self.block_rows)
+        self._store = store
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[int, dict[str, Rows | NDArray[Any]]] = OrderedDict()
+        self.n_block_reads = 0
+
+    @property
+    def nbytes_in_memory(self) -> int:
+        """Bytes of row pointers, columns and the blocks held now."""
+        held = sum(map(nbytes, (*self.cells.values(), *self.constants.values())))
+        held += sum(matrix.nbytes_in_memory for matrix in self.matrices.values())
+        return held + sum(int(part.nbytes) for block in self._blocks.values() for part in block.values())
+
+    def take(self, rows: NDArray[np.integer]) -> Batch:
+        """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
+        rows = np.asarray(rows)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.n_cells):
+            msg = f"take: rows must lie in [0, {self.n_cells}), got {rows.min()} to {rows.max()}"
+            raise IndexError(msg)
+        batch: Batch = {}
+        with self._lock:
+            if self.matrices:
+                self._load(np.unique(rows // self.block_rows))
+            for key, matrix in self.matrices.items():
+                batch[key] = self._gather(key, matrix, rows)
+            self._evict()
+        batch |= {key: rows_of(key, value, rows) for key, value in self.cells.items()}
+        return batch | self.constants
+
+    def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return `rows` block-shuffled."""
+        rows = np.asarray(rows)
+        block = rows // self.block_rows
+        n_blocks = -(-self.n_cells // self.block_rows)
+        group = rng.permutation(n_blocks)[block] // self.blocks_per_group
+        return rows[np.lexsort((rng.random(len(rows)), group))]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._blocks.clear()
+        if hasattr(self._store, "close"):
+            self._store.close()
+
+    def _load(self, wanted: NDArray[np.integer]) -> None:
+        """Bring the blocks `wanted` (sorted) into memory; neighbours are read together."""
+        missing = [int(block) for block in wanted if block not in self._blocks]
+        for block in wanted.tolist():
+            if block in self._blocks:
+                self._blocks.move_to_end(block)
+        for run in np.split(missing, np.flatnonzero(np.diff(missing) != 1) + 1) if missing else []:
+            first, last = int(run[0]), int(run[-1]) + 1
+            start, stop = first * self.block_rows, min(last * self.block_rows, self.n_cells)
+            read = {key: matrix.read(start, stop) for key, matrix in self.matrices.items()}
+            for block in range(first, last):
+                low = block * self.block_rows - start
+                high = min(low + self.block_rows, stop - start)
+                self._blocks[block] = {key: _part(value, low, high) for key, value in read.items()}
+                self.n_block_reads += 1
+
+    def _gather(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer]) -> NDArray[Any]:
+        blocks, offsets = np.divmod(rows, self.block_rows)
+        if matrix.encoding == "dense":
+            dtype = batch_dtype(key, matrix.dtype)
+            out = np.empty((len(rows), matrix.shape[1]), dtype)
+            for i, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
+                out[i] = cast("NDArray[Any]", self._blocks[block][key])[offset]
+            return out
+        out = np.zeros((len(rows), matrix.shape[1]), np.float32)
+        for row, block, offset in zip(out, blocks.tolist(), offsets.tolist(), strict=True):
+            starts, columns, values = cast("Rows", self._blocks[block][key])
+            low, high = starts[offset], starts[offset + 1]
+            row[columns[low:high]] = values[low:high]
+        return out
+
+    def _evict(self) -> None:
+        """Forget the blocks used longest ago; two groups stay, since a batch may straddle two."""
+        while len(self._blocks) > 2 * self.blocks_per_group:
+            self._blocks.popitem(last=False)

@@ -25,8 +25,8 @@ class BatchCorrectionConfig(Config):
     n_clusters: number of clusters K; the R package takes min(100, cells / 30).
     n_features: width of the embedding.
     n_batches: number of batches; labels are 0 ... n_batches - 1.
-    n_iterations: rounds of clustering and correction.
-    n_rounds: updates of centroids and memberships inside each round; 20 of them come to rest.
+    n_iterations: how often cells are clustered and corrected.
+    n_rounds: updates of centroids and memberships in each iteration.
     theta: weight of the diversity penalty; 0 lets a cluster hold one batch only.
     sigma: width of the soft clusters, in units of squared distance between unit vectors; 0+ is hard.
     lamb: ridge penalty on the batch shift of a cluster, in cells; infinity corrects nothing. (lambda is
@@ -46,7 +46,7 @@ class BatchCorrectionConfig(Config):
 class HarmonyReference(NamedTuple):
     """All that `project` needs to repeat a correction on any cells; nothing in it is per cell."""
 
-    centroids: Float[Array, "iterations clusters features"]  # unit vectors
+    centroids: Float[Array, "iterations clusters features"]  # inside the unit sphere, on it at rest
     penalty: Float[Array, "iterations batches clusters"]  # theta log(expected / observed), added to log R
     shifts: Float[Array, "iterations batches clusters features"]  # what a batch adds to a cluster
 
@@ -220,9 +220,11 @@ def learn(
     known = (labels < n_batches)[:, None]
     share = _per_batch(known.astype(z.dtype), labels, n_batches)
     share = share / jnp.maximum(share.sum(), 1)  # (batches, 1)
-    # The penalty is a fixed point: of memberships, of counts, of penalty. A full-batch update overshoots
-    # by the factor theta; damped by 1 / (1 + theta) it is mirror descent on an objective that is convex in
-    # the memberships and (1 + theta)-smooth relative to their entropy, hence never ascends.
+    # Memberships R minimise, for fixed centroids, a convex function of R that is (1 + theta)-smooth
+    # relative to the entropy of R. A full update of all cells overshoots by that factor; damped by 1 / (1 +
+    # theta) it is mirror descent: log R moves towards its optimum by this step and the objective never
+    # rises. log R is linear in centroids and penalty, so moving these moves it, and no array of memberships
+    # has to be carried on.
     step = 1 / (1 + theta)
 
     def update(x: Array, centroids: Array, penalty: Array) -> tuple[Array, Array]:
@@ -230,7 +232,8 @@ def learn(
         observed = _per_batch(r, labels, n_batches)
         expected = share * observed.sum(axis=0)
         wanted = theta * (jnp.log(expected + 1) - jnp.log(observed + 1))
-        return unit_rows(_product(r.T, x)), penalty + step * (wanted - penalty)
+        means = unit_rows(_product(r.T, x))
+        return centroids + step * (means - centroids), penalty + step * (wanted - penalty)
 
     def ridge(r: Array) -> Array:
         # minimises Σ_i R_ik |z_i - w_0 - w_b(i)|² + lamb Σ_b |w_b|² in closed form; w_0 goes unpenalised
@@ -288,8 +291,7 @@ def _correct(
 
 
 def _memberships(x: Array, labels: Array, centroids: Array, penalty: Array, sigma: Any) -> Array:
-    """R_ik ~ exp(-|x_i - y_k|² / sigma) (expected / observed)^theta, the latter of the cell's batch."""
-    # unit vectors: |x - y|² = 2 - 2 x·y
+    """R_ik ~ exp(-2 (1 - x_i·y_k) / sigma) (expected / observed)^theta, the latter of the cell's batch."""
     logits = 2 / sigma * (_product(x, centroids.T) - 1)
     return jax.nn.softmax(logits + _of_batch(penalty, labels), axis=1)
 

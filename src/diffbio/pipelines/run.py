@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 
 from .. import slots
@@ -27,10 +29,6 @@ from ..recording import recording
 from ..train import Settings
 from .inference import apply_in_chunks
 from .single_cell import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
 STAGES = {
@@ -110,7 +108,7 @@ def _check_types(given: Mapping[str, Any]) -> None:
 
 
 def analyse(
-    data: "AnnData | str | Path",
+    data: AnnData | str | Path,
     *,
     on_disk: bool = False,
     checkpoint: str | Path | None = None,
@@ -177,7 +175,7 @@ class Prepared:
     counts: dict[str, float]
 
 
-def prepare(data: "AnnData | str | Path", run: RunSettings) -> Prepared:
+def prepare(data: AnnData | str | Path, run: RunSettings) -> Prepared:
     """Checks counts, names, batches and ambient profile, and chooses the genes.
 
     Raises:
@@ -238,7 +236,7 @@ def prepare(data: "AnnData | str | Path", run: RunSettings) -> Prepared:
     return Prepared(source, genes, matrix.shape[1], batches, labels, skipped, counts)
 
 
-def _profile(var: "pd.DataFrame", column: str | None) -> np.ndarray | None:
+def _profile(var: pd.DataFrame, column: str | None) -> np.ndarray | None:
     if column is not None and column not in var:
         msg = f"var has no column {column!r}; it has {', '.join(map(str, var.columns)) or 'none'}"
         raise MissingKeyError(msg)
@@ -329,7 +327,7 @@ class Analysis:
             results[f"var/{slots.VARIABLE}"] = chosen
         return results | {"uns/diffbio/pipeline": self.record}
 
-    def add_to(self, adata: "AnnData", *, normalized: bool = False) -> None:
+    def add_to(self, adata: AnnData, *, normalized: bool = False) -> None:
         """Adds the results to an AnnData in memory."""
         results = self.results(normalized=normalized)
         for key, value in results.items():

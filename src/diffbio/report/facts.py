@@ -106,7 +106,8 @@ def _kind_of(matrix: Any) -> str:
         try:
             seen = check_counts(first)
         except DiffBioError as error:
-            return f"{stored}; not counts: {str(error).removeprefix('counts: ')}"
+            what = str(error).removeprefix("counts: ").partition(" (")[0].partition(";")[0]
+            return f"{stored}; not counts: {what}"
     share = seen.n_nonzero / (seen.n_cells * seen.n_genes)
     return f"{stored}; counts, largest {seen.maximum:g}, {share:.1%} not zero (first {seen.n_cells:,} cells)"
 

@@ -1,0 +1,454 @@
+"""The command line: exit codes and messages, then whole runs, some in processes of their own."""
+
+import errno
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from toy_cells import toy_cells
+
+import diffbio
+from diffbio.cli import explain, run_command, settings_from
+from diffbio.data import read, write_results
+from diffbio.errors import ConfigError, DeviceMemoryError, TrainingDivergedError
+
+FAST = ["--epochs", "2", "--n-clusters", "3", "--quiet"]
+
+
+def saved(folder, name="cells.h5ad", **changes):
+    adata = toy_cells()
+    for slot, value in changes.items():
+        setattr(adata, slot, value)
+    return write_results(adata, folder / name, {}, overwrite=True)
+
+
+def failed(capsys, arguments, code):
+    """Runs, checks the exit code, and returns the one line of the error."""
+    assert run_command(list(map(str, arguments))) == code
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in said.err
+    return lines[0]
+
+
+@pytest.fixture
+def cells(tmp_path):
+    return saved(tmp_path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.h5ad"
+
+
+def in_process(arguments, **options):
+    command = [sys.executable, "-c", "from diffbio.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+# ---- usage and settings
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    code = (
+        "import sys, time; from diffbio.cli import run_command; run_command(['--help']);"
+        "names = {'jax', 'flax', 'anndata', 'scanpy', 'matplotlib', 'pandas', 'numpy', 'rich'};"
+        "heavy = names & set(sys.modules);"
+        "assert not heavy, heavy; print(time.process_time())"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    assert "Exit codes: 0 done" in said[0]
+    assert min(float(text.splitlines()[-1]) for text in said) < 0.3
+
+
+def test_version(capsys):
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out == f"{diffbio.__version__}\n"
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (["run"], "Missing argument 'cells'"),
+    (["run", "a.h5ad"], "Missing option '--output'"),
+    (["run", "a.h5ad", "-o", "b.h5ad", "--sed", "1"], "--seed"),
+    (["run", "a.h5ad", "-o", "b.h5ad", "--seed", "x"], "should be a valid integer"),
+    (["rnu"], "No such command 'rnu'"),
+])  # fmt: skip
+def test_wrong_usage(capsys, arguments, wanted):
+    assert wanted in failed(capsys, arguments, 2)
+
+
+@pytest.mark.parametrize(("line", "wanted"), [
+    ("n_cluster: 3", "unknown setting 'n_cluster'; did you mean 'n_clusters'?"),
+    ("epochs: 3", "did you mean 'max_epochs'?"),
+    ("n_clusters: ten", "n_clusters must be int, got 'ten'"),
+    ("latent_dim: 0", "latent_dim must be > 0, got 0"),
+    ("clustering_temperature: 0.0", "clustering_temperature must be > 0"),
+    ("learning_rate: -1", "learning_rate must be > 0"),
+    ("max_epochs: many", "max_epochs must be int, got 'many'"),
+    ("max_epochs: 1.5", "max_epochs must be int, got 1.5"),
+    ("n_genes: 7", "unknown setting 'n_genes'"),
+    ("seed: 1\nseed: 2", "setting 'seed' is given twice"),
+    ("- seed", "expected lines such as 'n_clusters: 12', got list"),
+    ("seed: [1", "is not valid YAML"),
+    ("seed: !!python/object/apply:os.system ['true']", "is not valid YAML"),
+])  # fmt: skip
+def test_settings_are_checked_before_anything_runs(capsys, tmp_path, cells, out, line, wanted):
+    config = tmp_path / "run.yaml"
+    config.write_text(line)
+    assert wanted in failed(capsys, ["run", cells, "-o", out, "--config", config], 2)
+    assert not out.exists()
+
+
+def test_settings_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("batch_key: donör\nhidden_dims: [32, 16]\n", encoding="utf-8")
+    assert settings_from(path) == {"batch_key": "donör", "hidden_dims": [32, 16]}
+    path.write_text("")
+    assert settings_from(path) == {}
+    path.write_text("1: 2")
+    with pytest.raises(ConfigError, match="expected lines"):
+        settings_from(path)
+
+
+def test_a_missing_settings_file(capsys, tmp_path, cells, out):
+    assert "check the name after --config" in failed(
+        capsys, ["run", cells, "-o", out, "--config", tmp_path / "no.yaml"], 3
+    )
+
+
+# ---- bad data
+
+
+def test_files_that_are_not_there_or_something_else(capsys, tmp_path, out):
+    assert "no such file" in failed(capsys, ["run", tmp_path / "no.h5ad", "-o", out], 3)
+    assert "folder" in failed(capsys, ["info", tmp_path], 3)
+    (tmp_path / "text.h5ad").write_text("gene\tcount\n")
+    assert "tab-separated table" in failed(capsys, ["run", tmp_path / "text.h5ad", "-o", out], 3)
+    whole = saved(tmp_path).read_bytes()
+    (tmp_path / "half.h5ad").write_bytes(whole[: len(whole) // 2])
+    assert f"have {len(whole) // 2}, expected {len(whole)} bytes" in failed(
+        capsys, ["run", tmp_path / "half.h5ad", "-o", out], 3
+    )
+
+
+def nan(counts):
+    counts[3, 4] = np.nan
+    return counts
+
+
+@pytest.mark.parametrize(("change", "wanted"), [
+    (nan, "1 values are NaN or infinite; the first is nan at cell 3 (cell3), gene 4 (gene4)"),
+    (lambda x: x - 1, "are negative"),
+    (lambda x: x + 0.5, "--allow-non-integer"),
+    (np.log1p, 'layer="counts"'),
+    (lambda x: x * 1e9, "above 2^31"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["--stream", "--in-memory"])
+def test_values_that_are_no_counts(capsys, tmp_path, out, change, wanted, where):
+    cells = saved(tmp_path, X=sparse.csr_matrix(change(toy_cells().X.toarray())))
+    assert wanted in failed(capsys, ["run", cells, "-o", out, where], 3)
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (["--batch-key", "donor"], "obs has no column 'donor'; it has batch, cell_type, one, depth"),
+    (["--label-key", "type"], "obs has no column 'type'"),
+    (["--label-key", "one"], "one class, 'same'"),
+    (["--layer", "raw"], "raw"),
+    (["--ambient-profile", "soup"], "var has no column 'soup'; it has ambient_profile"),
+])  # fmt: skip
+def test_names_that_are_not_there(capsys, cells, out, arguments, wanted):
+    assert wanted in failed(capsys, ["run", cells, "-o", out, *arguments], 3)
+
+
+def test_more_clusters_than_cells(capsys, cells, out):
+    assert "n_clusters must be at most the number of cells, 120, got 121" in failed(
+        capsys, ["run", cells, "-o", out, "--n-clusters", "121"], 2
+    )
+
+
+def test_gene_names_twice_and_batches_unknown(capsys, tmp_path, out):
+    adata = toy_cells()
+    adata.var_names = ["a", *adata.var_names[1:-1], "a"]
+    adata.obs["batch"] = adata.obs["batch"].where(np.arange(120) > 2)
+    with pytest.warns(UserWarning, match="not unique"):
+        adata.copy()
+    cells = write_results(adata, tmp_path / "twice.h5ad", {})
+    assert "1 gene names occur more than once, such as 'a'" in failed(capsys, ["run", cells, "-o", out], 3)
+    adata.var_names = [f"g{i}" for i in range(50)]
+    cells = write_results(adata, tmp_path / "unknown.h5ad", {})
+    assert "3 of 120 cells have no value" in failed(
+        capsys, ["run", cells, "-o", out, "--batch-key", "batch"], 3
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_no_cells_or_no_genes(capsys, tmp_path, out, shape):
+    cells = write_results(ad.AnnData(sparse.csr_matrix(shape, dtype="f4")), tmp_path / "empty.h5ad", {})
+    assert "has no " + ("cells" if shape[0] == 0 else "genes") in failed(capsys, ["run", cells, "-o", out], 3)
+
+
+def test_an_ambient_profile_that_is_none(capsys, tmp_path, out):
+    adata = toy_cells()
+    adata.var["ambient_profile"] *= 2
+    cells = write_results(adata, tmp_path / "soup.h5ad", {})
+    assert "sums to 2, not 1" in failed(capsys, ["run", cells, "-o", out], 3)
+
+
+def test_a_damaged_matrix_is_refused_wherever_it_lies(capsys, cells, out):
+    with h5py.File(cells, "r+") as file:
+        file["X/indices"][0] = 10_000
+    for where in ("--stream", "--in-memory"):
+        assert "damaged" in failed(capsys, ["run", cells, "-o", out, where], 3)
+
+
+# ---- output
+
+
+def test_the_output_is_checked_before_training(capsys, tmp_path, cells, out, monkeypatch):
+    monkeypatch.setattr(
+        "diffbio.pipelines.run.analyse", lambda *a, **k: pytest.fail("trained before checking")
+    )
+    out.write_bytes(b"something")
+    assert "exists" in failed(capsys, ["run", cells, "-o", out], 5)
+    assert "is the input itself" in failed(capsys, ["run", cells, "-o", cells, "--force"], 5)
+    assert "must end in .h5ad or .zarr" in failed(capsys, ["run", cells, "-o", tmp_path / "out.csv"], 5)
+    assert "does not exist" in failed(capsys, ["run", cells, "-o", tmp_path / "no" / "out.h5ad"], 5)
+    assert "cannot be made" in failed(
+        capsys, ["run", cells, "-o", tmp_path / "o.h5ad", "--figures", out / "x"], 5
+    )
+    (tmp_path / "report.html").write_text("mine")
+    assert "exists" in failed(capsys, ["report", cells, "-o", tmp_path / "report.html"], 5)
+    assert out.read_bytes() == b"something"
+
+
+def test_the_demo_does_not_write_into_a_folder_with_other_things(capsys, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    assert "thesis.tex" in failed(capsys, ["demo", tmp_path], 5)
+
+
+# ---- what goes wrong inside
+
+
+@pytest.mark.parametrize(("error", "code", "wanted"), [
+    (MemoryError("Unable to allocate 8 TiB"), 6, "--batch-size"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."), 6, "--batch-size"),
+    (DeviceMemoryError("too large"), 6, "too large"),
+    (OSError(errno.ENOSPC, "No space left on device", "/x/out.h5ad"), 5, "/x/out.h5ad"),
+    (TrainingDivergedError("lower learning_rate"), 7, "learning_rate"),
+    (KeyError("a"), 1, "--debug"),
+])  # fmt: skip
+def test_errors_and_their_codes(error, code, wanted):
+    found, message = explain(error)
+    assert found == code
+    assert wanted in message
+    assert "\n" not in message
+
+
+def test_an_internal_error_is_one_line_unless_debugged(capsys, cells, out, monkeypatch):
+    def broken(*_args, **_settings):
+        msg = "first line\nsecond line"
+        raise AssertionError(msg)
+
+    monkeypatch.setattr("diffbio.pipelines.run.analyse", broken)
+    assert "internal error, AssertionError: first line second line" in failed(
+        capsys, ["run", cells, "-o", out], 1
+    )
+    with pytest.raises(AssertionError):
+        run_command(["run", str(cells), "-o", str(out), "--debug"])
+
+
+# ---- info and doctor
+
+
+def test_info(capsys, cells):
+    assert run_command(["info", str(cells)]) == 0
+    said = capsys.readouterr().out
+    assert "h5ad, 120 cells x 50 genes" in said
+    assert re.search(r"X: CSR, float32, on disk; counts, largest \d+", said)
+    assert "obs/cell_type: 3 values: type 0 (40), type 1 (40), type 2 (40)" in said
+    assert "obs/depth: float32" in said
+
+
+def test_info_tells_what_is_no_counts(capsys, tmp_path):
+    adata = toy_cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X.toarray())
+    path = write_results(adata, tmp_path / "logged.zarr", {})
+    assert run_command(["info", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "X: dense, float32, on disk; not counts: the values look log-transformed" in said
+    assert "layers/counts: CSR, float32, on disk; counts" in said
+
+
+def test_doctor(capsys):
+    assert run_command(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"diffbio {diffbio.__version__}, Python" in said
+    assert "device: cpu" in said
+    assert "MISSING" not in said
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """One run with every stage, figures and report."""
+    folder = tmp_path_factory.mktemp("whole")
+    cells, out = saved(folder), folder / "out.h5ad"
+    arguments = [
+        "run",
+        cells,
+        "-o",
+        out,
+        "--batch-key",
+        "batch",
+        "--label-key",
+        "cell_type",
+        "--figures",
+        folder / "f",
+    ]
+    assert run_command([*map(str, arguments), "--n-top-genes", "30", *FAST]) == 0
+    return folder
+
+
+def test_a_run_writes_every_result_and_leaves_the_rest_alone(whole_run):
+    before, after = read(whole_run / "cells.h5ad"), read(whole_run / "out.h5ad")
+    assert (before.X != after.X).nnz == 0
+    pd.testing.assert_frame_equal(after.obs[before.obs.columns], before.obs)
+    shapes = {key: value.shape for key, value in after.obsm.items()}
+    assert shapes == {
+        "X_diffbio_latent": (120, 64), "X_diffbio_harmony": (120, 64), "X_diffbio_umap": (120, 2),
+        "diffbio_cluster_prob": (120, 3),
+    }  # fmt: skip
+    assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in after.obsm.values())
+    assert list(after.obs["diffbio_cluster"].cat.categories) == ["0", "1", "2"]
+    assert after.obs["diffbio_ambient_fraction"].between(0, 1).all()
+    assert after.var["diffbio_highly_variable"].sum() == 30
+    clean = after.layers["diffbio_decontaminated"]
+    assert (clean - before.X).max() <= 1e-4
+    assert not clean[:, ~after.var["diffbio_highly_variable"].to_numpy()].nnz
+    assert not after.unwriteable()
+
+
+def test_a_run_says_what_it_did(whole_run):
+    record = read(whole_run / "out.h5ad").uns["diffbio"]["pipeline"]
+    assert record["seed"] == 0
+    assert record["device"] == "cpu"
+    assert record["params"]["n_top_genes"] == 30
+    assert record["params"]["n_clusters"] == 3
+    assert len(record["input_sha256"]) == 64
+    assert record["input"] == "cells.h5ad"
+    assert list(record["batches"]) == ["donor 0", "donor 1"]
+    assert len(record["skipped"]) == len(record["unfitted"]) == 0
+    assert set(record["scores"]) == {"ARI", "NMI"}
+    assert set(record["history"]["stage"]) >= {"ambient", "vae", "umap"}
+    assert not (whole_run / "out.h5ad.checkpoint").exists()
+
+
+def test_a_run_draws(whole_run):
+    names = {path.name for path in (whole_run / "f").iterdir()}
+    assert names == {
+        "umap_diffbio_cluster.png", "umap_batch.png", "umap_cell_type.png", "cluster_sizes.png", "ambient.png",
+        "training.png", "report.html",
+    }  # fmt: skip
+    assert "Every stage ran, without a warning." in (whole_run / "f" / "report.html").read_text()
+
+
+def test_streamed_and_in_memory_agree_and_repeat(whole_run, capsys):
+    cells = whole_run / "cells.h5ad"
+    config = whole_run / "vae.yaml"
+    config.write_text(
+        "enable_dim_reduction: false\nenable_ambient_removal: false\nlatent_dim: 4\nn_top_genes: 30\n"
+    )
+    common = [str(cells), "--config", str(config), *FAST]
+    for name, how in (("a", "--in-memory"), ("b", "--in-memory"), ("c", "--stream")):
+        assert run_command(["run", "-o", str(whole_run / f"{name}.h5ad"), how, *common]) == 0
+    said = capsys.readouterr().out
+    assert "not run: UMAP (switched off)" in said
+    assert "not run: batch correction (no batch key was given)" in said
+    first, again, streamed = (read(whole_run / f"{name}.h5ad") for name in "abc")
+    np.testing.assert_array_equal(first.obsm["X_diffbio_latent"], again.obsm["X_diffbio_latent"])
+    assert set(streamed.obsm) == set(first.obsm) == {"X_diffbio_latent", "diffbio_cluster_prob"}
+    assert list(first.uns["diffbio"]["pipeline"]["skipped"]) == [
+        "batch correction: no batch key was given", "ambient removal: switched off", "UMAP: switched off",
+    ]  # fmt: skip
+
+
+ONE_STAGE = (
+    "enable_dim_reduction: false\nenable_ambient_removal: false\nenable_clustering: false\nlatent_dim: 4\n"
+    "hidden_dims: [16]\nmax_epochs: 400\npatience: 400\n"
+)
+
+
+def hostile(home):
+    """No home folder, no cache, an ASCII locale, warnings as errors."""
+    kept = {"PATH", "SYSTEMROOT", "JAX_COMPILATION_CACHE_DIR"}
+    env = {name: value for name, value in os.environ.items() if name in kept}
+    return env | {
+        "HOME": str(home / "no such home"), "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error",
+        "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "0",
+    }  # fmt: skip
+
+
+def test_stop_and_go_on_gives_what_an_undisturbed_run_gives(tmp_path):
+    folder = tmp_path / "räume und leerzeichen"
+    folder.mkdir()
+    saved(folder)
+    (folder / "run.yaml").write_text(ONE_STAGE)
+    start = ["run", "cells.h5ad", "-o", "out.h5ad", "--config", "run.yaml"]
+    with in_process(start, cwd=folder) as process:
+        next(line for line in process.stderr if "epoch 5/" in line)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        rest = process.stderr.read()
+    assert process.returncode == 143, rest
+    assert time.monotonic() - sent < 10
+    assert not (folder / "out.h5ad").exists()
+    message = next(line for line in rest.splitlines() if line.startswith("error: "))
+    again = shlex.split(message.split("To go on: ")[1])
+    assert again[:2] == ["diffbio", "run"]
+    assert again[-1] == "--resume"
+    resumed = in_process(again[1:], cwd=folder)
+    errors = resumed.communicate()[1]
+    assert resumed.returncode == 0, errors
+    assert "epoch 1/" not in errors
+    # undisturbed, in a hostile environment, to another place with figures
+    whole = [*start[:3], "whole.h5ad", *start[4:], "--figures", "füguren", "--quiet"]
+    other = in_process(whole, cwd=folder, env=hostile(tmp_path))
+    said, errors = other.communicate()
+    assert other.returncode == 0, errors
+    assert errors == ""
+    assert "wrote whole.h5ad" in said
+    first, second = read(folder / "out.h5ad"), read(folder / "whole.h5ad")
+    np.testing.assert_array_equal(first.obsm["X_diffbio_latent"], second.obsm["X_diffbio_latent"])
+    assert {p.name for p in folder.iterdir()} == {
+        "cells.h5ad",
+        "out.h5ad",
+        "run.yaml",
+        "whole.h5ad",
+        "füguren",
+    }
+    assert not (tmp_path / "no such home").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(cells):
+    with in_process(["info", cells]) as process:
+        process.stdout.close()  # before anything is printed
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

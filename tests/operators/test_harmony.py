@@ -209,7 +209,7 @@ def test_unseen_labels_under_jit_are_left_alone_and_disturb_nobody():
     }
     got = jax.jit(lambda d: op.apply(d)[0]["corrected_embeddings"])(more)
     np.testing.assert_array_equal(got[-3:], more["embeddings"][-3:])
-    assert jnp.isfinite(got).all()
+    np.testing.assert_allclose(got[:-3], corrected(op, data), atol=1e-4)
 
 
 def test_as_many_clusters_as_cells():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ...errors import DataError
 from ...math.distances import squared_euclidean, unit_rows
@@ -228,7 +228,7 @@ def learn(
     step = 1 / (1 + theta)
 
     def update(x: Array, centroids: Array, penalty: Array) -> tuple[Array, Array]:
-        r = _memberships(x, labels, centroids, penalty, sigma) * known
+        r = _memberships(x, labels, centroids, penalty, sigma)
         observed = _per_batch(r, labels, n_batches)
         expected = share * observed.sum(axis=0)
         wanted = theta * (jnp.log(expected + 1) - jnp.log(observed + 1))
@@ -248,7 +248,7 @@ def learn(
 
     def iterate(state: tuple[Array, Array, Array], _: None) -> tuple[Any, HarmonyReference]:
         corrected, centroids, penalty = state
-        x = unit_rows(corrected)
+        x = jnp.where(known, unit_rows(corrected), 0)
         centroids, penalty = jax.lax.fori_loop(
             0, n_rounds, lambda _, now: update(x, *now), (centroids, penalty)
         )
@@ -256,7 +256,7 @@ def learn(
         found = HarmonyReference(centroids, penalty, shifts)
         return (_correct(z, corrected, labels, found, sigma)[0], centroids, penalty), found
 
-    start = _start(jnp.where(known, z, 0), n_clusters)
+    start = _start(z, known[:, 0], n_clusters)
     flat = jnp.zeros((n_batches, n_clusters), z.dtype)
     return jax.lax.scan(iterate, (z, start, flat), length=n_iterations)[1]
 
@@ -314,14 +314,17 @@ def _per_batch(values: Array, labels: Array, n_batches: int) -> Array:
     return jax.ops.segment_sum(values, labels, n_batches)
 
 
-def _start(z: Float[Array, "cells features"], k: int) -> Float[Array, "clusters features"]:
-    """Unit centroids from k-means of the unit cells, the same for every order of the cells.
+def _start(
+    z: Float[Array, "cells features"], known: Bool[Array, " cells"], k: int
+) -> Float[Array, "clusters features"]:
+    """Unit centroids from k-means of the known unit cells, the same for every order of the cells.
 
     Greedy k-means++ as in scikit-learn, where the random draws are fixed quantiles of the cells in
     lexicographic order; then Lloyd's rounds. Which cells form a cluster is discrete: no gradient there.
     """
-    z = z[jnp.lexsort(jax.lax.stop_gradient(z).T)]
-    x = unit_rows(z)
+    order = jnp.lexsort(jax.lax.stop_gradient(z).T)
+    weight = known[order].astype(z.dtype)
+    x = unit_rows(z[order]) * weight[:, None]
     fixed = jax.lax.stop_gradient(x)
     n_draws = 2 + int(math.log(k))
 
@@ -338,11 +341,11 @@ def _start(z: Float[Array, "cells features"], k: int) -> Float[Array, "clusters 
         return squared_euclidean(fixed, centroids).argmin(axis=1)
 
     def means(points: Array, labels: Array, empty: Array) -> Array:
-        count = jax.ops.segment_sum(jnp.ones(len(points), points.dtype), labels, k)[:, None]
+        count = jax.ops.segment_sum(weight, labels, k)[:, None]
         total = jax.ops.segment_sum(points, labels, k)
         return jnp.where(count > 0, total / jnp.maximum(count, 1), empty)
 
-    farthest = jnp.full(len(x), 4, x.dtype)  # the squared diameter of the sphere: nothing is drawn yet
-    centroids = jax.lax.scan(seed, farthest, jnp.arange(1, k + 1))[1]
+    # 4, the squared diameter of the sphere: nothing is drawn yet
+    centroids = jax.lax.scan(seed, 4 * weight, jnp.arange(1, k + 1))[1]
     centroids = jax.lax.fori_loop(0, LLOYD_ROUNDS, lambda _, c: means(fixed, nearest(c), c), centroids)
     return unit_rows(means(x, nearest(centroids), centroids))

@@ -61,3 +61,36 @@ def soft_round(x: Float[Array, "*shape"], *, temperature: float) -> Float[Array,
     sharpness = 1.0 / temperature
     r = x - below - 0.5
     return below + 0.5 * jnp.tanh(sharpness * r) / jnp.tanh(0.5 * sharpness) + 0.5
+
+
+def contamination_posterior(
+    x: Float[Array, "cells genes"],
+    fraction: Float[Array, "cells genes"],
+    theta: Float[Array, "*#genes"],
+    profile: Float[Array, " genes"],
+    *,
+    prior_mean: float,
+    prior_sd: float,
+    n_steps: int = 3,
+) -> tuple[Float[Array, " cells"], Float[Array, " cells"]]:
+    """Mean and variance of the logit of every cell's ambient fraction rho, given its native gene fractions.
+
+    Fisher scoring of the Gaussian prior and the quasi-likelihood of x (Wedderburn 1974), of which only mean
+    and variance count: N (1 - rho) fraction + N rho profile, and the variance of NB + Poisson; then Laplace's
+    approximation. Genes that the cell does not express tell rho; genes of large native variance say little.
+    n_steps: from the prior's mean; two are enough unless the fractions are far from the data.
+    """
+    library = jnp.maximum(x.sum(-1, keepdims=True), 1.0)
+    logit = jnp.full_like(library, prior_mean)
+    for step in range(n_steps + 1):
+        rho = jax.nn.sigmoid(logit)
+        native, ambient = library * (1.0 - rho) * fraction, library * rho * profile
+        slope = library * rho * (1.0 - rho) * (profile - fraction)
+        # a gene that is in neither source has no variance, and no slope
+        weight = slope / (native + ambient + native**2 / theta + 1e-8)
+        information = (weight * slope).sum(-1, keepdims=True) + prior_sd**-2
+        if step < n_steps:
+            score = (weight * (x - native - ambient)).sum(-1, keepdims=True)
+            move = (score - (logit - prior_mean) * prior_sd**-2) / information
+            logit = logit + 2.0 * jnp.tanh(0.5 * move)  # at most 2: fractions of an untrained model overshoot
+    return logit[:, 0], 1.0 / information[:, 0]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ...errors import DataError
-from ...math.contamination import contaminated_log_prob, native_share, soft_round
+from ...math.contamination import (
+    contaminated_log_prob,
+    contamination_posterior,
+    native_share,
+    soft_round,
+)
 from ...math.distributions import gaussian_kl
 from ...nn.count_vae import Decoder, Encoder, Gaussian, GaussianSample, log_positive, moments
 from ..base import Config, Data, Operator, fraction, positive, setting
 
 SUM_TOLERANCE = 1e-3  # of the ambient profile: float32 sums of thousands of genes
+# start of theta: what cell types explain must not look like noise, in which the soup could hide
+FIRST_THETA = 10.0
 LEAST_PROFILE = 1e-12  # a gene that the soup lacks; its log must be finite
 
 
@@ -62,12 +69,14 @@ class DifferentiableAmbientRemoval(Operator):
         x_g = native_g + ambient_g
         native_g ~ NB(N (1 - rho) fraction_g(z), theta_g),  ambient_g ~ Poisson(N rho a_g)
 
-    with z ~ N(0, I) and logit rho ~ N(logit ambient_prior, ambient_spread²); one encoder gives both
-    posteriors. `ambient_profile` a: expected share of each gene among ambient molecules (from empty
-    droplets), non-negative, sum 1. Of each entry the expected ambient molecules given x are removed, rounded
-    by `temperature`; rho -> 0 returns the counts. A common level of rho that the decoder could mimic is held
-    by the prior. Differences from CellBender: empty droplets enter through their profile alone, and the
-    likelihood of the sum is that of its first two moments.
+    with z ~ N(0, I) and logit rho ~ N(logit ambient_prior, ambient_spread²). `ambient_profile` a: expected
+    share of each gene among ambient molecules (from empty droplets), non-negative, sum 1. Of each entry the
+    expected ambient molecules given x are removed, rounded by `temperature`; rho -> 0 returns the counts. A
+    common level of rho that the decoder could mimic is held by the prior.
+
+    Differences from CellBender: empty droplets enter through their profile alone; the posterior of rho is
+    solved for each cell, given z, and not read off by a second encoder; the likelihood of the sum is that of
+    its first two moments.
     """
 
     config: AmbientRemovalConfig
@@ -78,14 +87,13 @@ class DifferentiableAmbientRemoval(Operator):
     def __init__(self, config: AmbientRemovalConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.fitted = False
-        self.encoder = Encoder(  # the last dimension is the logit of rho, relative to its prior
+        self.encoder = Encoder(
             config.n_genes,
-            config.latent_dim + 1,
+            config.latent_dim,
             hidden_dims=config.hidden_dims,
             dropout_rate=config.dropout_rate,
             rngs=rngs,
         )
-        self.sample = GaussianSample(rngs=rngs)
         self.decoder = Decoder(
             config.latent_dim,
             config.n_genes,
@@ -93,20 +101,23 @@ class DifferentiableAmbientRemoval(Operator):
             likelihood="nb",
             rngs=rngs,
         )
+        self.sample = GaussianSample(rngs=rngs)
+        self.sample_logit = GaussianSample(rngs=rngs)
 
     def __call__(
         self, counts: Float[Array, "cells genes"], ambient_profile: Float[Array, " genes"]
     ) -> Decontaminated:
         """Splits every cell."""
-        sample = self.sample(self._encode(counts))
-        native, log_theta, ambient, logit = self._sources(sample, counts, ambient_profile)
+        z = self.sample(self._encode(counts))
+        sources = self._sources(z, counts, ambient_profile)
+        native, log_theta, ambient = sources.rates
         removed = counts * (1.0 - native_share(counts, native, log_theta, ambient))
         removed = soft_round(removed, temperature=self.config.temperature)
         return {
             # of a count that is not whole, rounding up could remove more than there is
             "decontaminated_counts": counts - jnp.minimum(removed, counts),
-            "contamination_fraction": jax.nn.sigmoid(logit),
-            "latent": sample[:, :-1],
+            "contamination_fraction": jax.nn.sigmoid(sources.logit),
+            "latent": z,
             "reconstructed": jnp.exp(native),
         }
 
@@ -117,34 +128,37 @@ class DifferentiableAmbientRemoval(Operator):
         inputs = self._inputs(data)
         counts = inputs["counts"]
         q = self._encode(counts)
-        native, log_theta, ambient, _ = self._sources(self.sample(q), counts, inputs["ambient_profile"])
-        kl = gaussian_kl(q.mean, q.logvar).mean()
-        reconstruction = -contaminated_log_prob(counts, native, log_theta, ambient).sum(-1).mean()
+        sources = self._sources(self.sample(q), counts, inputs["ambient_profile"])
+        reconstruction = -contaminated_log_prob(counts, *sources.rates).sum(-1).mean()
+        kl = (gaussian_kl(q.mean, q.logvar) + sources.kl).mean()
         return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
     def init_from(self, data: Data) -> None:
         """Starts the native profile at the mean counts less the ambient ones that the prior expects."""
         counts = np.asarray(data["counts"])
-        observed, theta = moments(counts, counts.sum(-1))
+        observed, _ = moments(counts, counts.sum(-1))
         native = observed - self.config.ambient_prior * np.asarray(data["ambient_profile"])
         native = np.maximum(native, 0.05 * observed)  # no gene starts switched off
-        self.decoder.start_at(native / native.sum(), theta)
+        self.decoder.start_at(native / native.sum(), np.full(len(native), FIRST_THETA))
 
     def _encode(self, counts: jax.Array) -> Gaussian:
         return self.encoder(jnp.log1p(counts))
 
-    def _sources(
-        self, sample: jax.Array, counts: jax.Array, profile: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Log native rate, log theta, log ambient rate (cells, genes) and the logit of rho (cells,)."""
+    def _sources(self, z: jax.Array, counts: jax.Array, profile: jax.Array) -> "Sources":
         check_profile(profile)
-        prior = math.log(self.config.ambient_prior) - math.log1p(-self.config.ambient_prior)
-        logit = prior + self.config.ambient_spread * sample[:, -1]
+        p = self.decoder(z, jnp.zeros(counts.shape[:1], counts.dtype))
+        prior_mean = math.log(self.config.ambient_prior) - math.log1p(-self.config.ambient_prior)
+        spread = self.config.ambient_spread
+        mean, variance = contamination_posterior(
+            counts, jnp.exp(p.log_rate), jnp.exp(p.log_theta), profile, prior_mean=prior_mean, prior_sd=spread
+        )
+        logit = self.sample_logit(Gaussian(mean[:, None], jnp.log(variance)[:, None]))[:, 0]
+        kl = gaussian_kl((mean - prior_mean)[:, None] / spread, jnp.log(variance / spread**2)[:, None])
         log_library = log_positive(counts.sum(-1))
-        p = self.decoder(sample[:, :-1], log_library - jax.nn.softplus(logit))
+        log_native = p.log_rate + (log_library - jax.nn.softplus(logit))[:, None]
         log_profile = jnp.log(jnp.maximum(profile, LEAST_PROFILE))
-        log_ambient = (log_library - jax.nn.softplus(-logit))[:, None] + log_profile
-        return p.log_rate, p.log_theta, log_ambient, logit
+        log_ambient = log_profile + (log_library - jax.nn.softplus(-logit))[:, None]
+        return Sources((log_native, p.log_theta, log_ambient), logit, kl)
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableAmbientRemoval", Data]]:
@@ -159,6 +173,14 @@ class DifferentiableAmbientRemoval(Operator):
             return cls(config, rngs=nnx.Rngs(0))
 
         return {"whole": (op(), data), "expected": (op(temperature=5.0, ambient_prior=0.3), data)}
+
+
+class Sources(NamedTuple):
+    """The two sources of every cell's counts."""
+
+    rates: tuple[jax.Array, jax.Array, jax.Array]  # log native rate, log theta, log ambient rate
+    logit: jax.Array  # of rho, (cells,)
+    kl: jax.Array  # of rho's posterior from its prior, (cells,)
 
 
 def check_profile(profile: jax.Array) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ CHECKPOINT_SECONDS = 30.0  # a kill -9 loses at most this much work
 STEPS_AHEAD = 16  # batches the host may prepare before it waits for the device: bounds memory
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from: `take` gives the named cells, `order` a shuffle that is cheap to read."""
 
@@ -41,6 +42,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Decides which rows make up each minibatch, where a permutation of cells will not do (UMAP's edges)."""
 

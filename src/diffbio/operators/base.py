@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self
@@ -110,10 +110,13 @@ class Operator(nnx.Module):
     init_cells: ClassVar[int | None] = None  # how many cells init_from wants to see at most; None: all
     fit_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of diffbio.fit that suit the method
 
+    if typing.TYPE_CHECKING:
+        __call__: Callable[..., Any]  # each subclass declares its own keys and shapes
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__call__" not in cls.__dict__:
-            return  # an abstract step in between
+            return  # a step in between, that declares nothing of its own
         hints = typing.get_type_hints(cls.__call__)
         cls.provides = typing.get_type_hints(hints.pop("return"))
         cls.requires = {key: _not_none(hint) for key, hint in hints.items()}
@@ -138,11 +141,6 @@ class Operator(nnx.Module):
             before = metadata.get("unfitted", ()) if metadata else ()
             metadata = {**(metadata or {}), "unfitted": Unfitted((*before, *outputs))}
         return {**data, **outputs}, state, metadata
-
-    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
-        """The operator on arrays; each subclass declares its own keys and shapes."""
-        msg = f"{type(self).__name__} does not define __call__."
-        raise TypeError(msg)
 
     def train_mode(self) -> None:
         """Turns on sampling and dropout, here and in every part."""

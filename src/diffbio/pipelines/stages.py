@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Neighbour graph, Harmony and the joint stage see at most this many cells (a random choice): memory stays flat,
 # and a fitted stage embeds the other cells one by one.
 REFERENCE_CELLS = 50_000
-JOINT = {"max_epochs": 20, "learning_rate": 1e-4, "validation": 0.0}
+JOINT = {"max_epochs": 20, "learning_rate": 3e-4, "validation": 0.0}
 JOINT_ROUNDS = 2  # after each, Harmony is learned again on the moved latent space
 # steps of the whole pipeline are small, so that a stage's own training is refined and not undone
 

@@ -4,7 +4,7 @@
 
 Each run is a process of its own with all stages that the data allow (three batches, so Harmony runs); peak
 resident memory is what the system counted for it. More epochs take longer, not more memory. Generated files
-are kept in benchmarks/cache/memory.
+are kept in benchmarks/cache/memory, the numbers in benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from diffbio.data.datasets import stream_counts
 
 CACHE = Path(__file__).parents[1] / "cache" / "memory"
+RESULT = Path(__file__).parents[1] / "results" / "memory.json"
 MOST_BYTES = 3e9
 MOST_PER_CELL = 1000.0
 
@@ -79,6 +80,9 @@ def main() -> None:
         print(f"{size:>18} {f['peak'] / 1e9:>7.2f} GB {f['cpu']:>7.0f} {f['wall']:>7.0f}")
     peak = found[large]["peak"]
     print(f"peak at {large:,} cells: {peak / 1e9:.2f} GB, bar at most {MOST_BYTES / 1e9:.0f} GB")
+    RESULT.write_text(
+        json.dumps({"genes": given.genes, "epochs": given.epochs, "runs": found}, indent=1) + "\n"
+    )
     print(f"growth: {growth:.0f} bytes per added cell, bar below {MOST_PER_CELL:.0f}")
     sys.exit(not (peak <= MOST_BYTES and growth < MOST_PER_CELL))
 

@@ -80,9 +80,7 @@ def main() -> None:
         print(f"{size:>18} {f['peak'] / 1e9:>7.2f} GB {f['cpu']:>7.0f} {f['wall']:>7.0f}")
     peak = found[large]["peak"]
     print(f"peak at {large:,} cells: {peak / 1e9:.2f} GB, bar at most {MOST_BYTES / 1e9:.0f} GB")
-    RESULT.write_text(
-        json.dumps({"genes": given.genes, "epochs": given.epochs, "runs": found}, indent=1) + "\n"
-    )
+    RESULT.write_text(json.dumps({"genes": given.genes, "epochs": given.epochs, "runs": found}, indent=1) + "\n")
     print(f"growth: {growth:.0f} bytes per added cell, bar below {MOST_PER_CELL:.0f}")
     sys.exit(not (peak <= MOST_BYTES and growth < MOST_PER_CELL))
 

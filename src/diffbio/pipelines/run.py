@@ -13,6 +13,7 @@ from scipy import sparse
 
 from .. import slots
 from ..data.genes import highly_variable_genes
+from ..data.guard import sniff
 from ..data.names import batch_codes, label_codes
 from ..data.plain import plain
 from ..data.provenance import provenance
@@ -134,7 +135,7 @@ def analyse(
     run, pipeline_settings, training = sorted_out(settings)
     with recording() as record:
         origin = data
-        if isinstance(data, str | Path) and not on_disk:
+        if isinstance(data, str | Path) and not (on_disk and sniff(Path(data)) in ("h5ad", "zarr")):
             data = read(data)
         prepared = prepare(data, run)
         pipeline = _pipeline_for(prepared, pipeline_settings, run)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import os
 import re
 import tempfile
@@ -82,6 +83,7 @@ def inline(figure: "Figure") -> str:
 @contextmanager
 def drawing() -> Iterator[None]:
     """No window, no user's style, and no word about letters that the font lacks."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no home folder
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():

@@ -168,17 +168,18 @@ def train(
         msg = f"fit: {type(model).__name__} has no objective: there is nothing to train."
         raise ConfigError(msg)
     schedules = dict(schedules or {})
-    split = Split.of(source.n_cells, settings, held_out=sampler is None)
+    cells = Split.of(source.n_cells, settings, held_out=sampler is None)
     optimizer = _with_clipping(optimizer or optax.adam(settings.learning_rate), settings.clip_norm)
     model.train_mode()
-    graph_train, params, rest = nnx.split(model, nnx.Param, ...)
+    graph_train, params, rest = split(model)
     model.eval_mode()
-    graph_eval, _, _ = nnx.split(model, nnx.Param, ...)
-    n = min(settings.batch_size, len(split.train)) if sampler is None else settings.batch_size
-    orders = sampler or PermutedCells(source, split.train)
-    probe = source.take(split.train[np.arange(n) % len(split.train)])
+    graph_eval, _, _ = split(model)
+    n = min(settings.batch_size, len(cells.train)) if sampler is None else settings.batch_size
+    orders = sampler or PermutedCells(source, cells.train)
+    probe = batch_of(source, cells.train[np.arange(n) % len(cells.train)])
     program = compile_program(graph_train, graph_eval, optimizer, schedules, params, rest, probe)
-    carry = Carry(*_copied((params, rest)), optimizer.init(params), _zeros(program.metrics), jnp.zeros((), int))
+    start = _zeros(program.metrics)
+    carry = Carry(_copied(params), _copied(rest), optimizer.init(params), start, jnp.zeros((), int))
     best, clock = _copied((carry.params, carry.rest)), Clock()
     identity = _identity(model, source, settings, n)
     if resume and checkpoint is not None:
@@ -190,12 +191,12 @@ def train(
 
     saved = time.monotonic()
     with Interrupts() as interrupts, Progress(label or type(model).__name__, settings, progress) as shown:
-        while clock.epoch < settings.max_epochs and not _stalled(clock, settings, split):
+        while clock.epoch < settings.max_epochs and not _stalled(clock, settings, cells):
             batches = orders.order(np.random.default_rng([settings.seed, clock.epoch]), n)
             started, first = time.perf_counter(), clock.step
             waiting: list[jax.Array] = []
             while clock.step < len(batches):
-                batch = source.take(batches[clock.step])
+                batch = batch_of(source, batches[clock.step])
                 epoch = np.float32(clock.epoch + clock.step / len(batches))
                 carry = program.step(carry, batch, epoch)
                 clock.step += 1
@@ -211,12 +212,12 @@ def train(
             if int(carry.bad_run) >= settings.max_bad_steps or row["good_steps"] == 0:
                 _finish(model, best)
                 raise _diverged(model, clock, settings, checkpoint)
-            if split.validation is not None:
-                row |= _validate(program, carry, source, split.validation, n)
+            if cells.validation is not None:
+                row |= _validate(program, carry, source, cells.validation, n)
             row["cells_per_second"] = (clock.step - first) * n / (time.perf_counter() - started)
             clock.rows.append({"epoch": clock.epoch, **row})
             score = row.get("validation_loss", row["loss"])
-            if split.validation is None or score < clock.best_loss - settings.min_delta * abs(score):
+            if cells.validation is None or score < clock.best_loss - settings.min_delta * abs(score):
                 clock.best_loss, clock.best_epoch = score, clock.epoch
                 best = _copied((carry.params, carry.rest))
             carry = carry._replace(sums=_zeros(program.metrics))
@@ -228,6 +229,13 @@ def train(
     save()
     _finish(model, best)
     return History(clock.rows, best_epoch=clock.best_epoch, stopped_early=clock.epoch < settings.max_epochs)
+
+
+def split(model: Any) -> tuple[Any, Any, Any]:
+    """Structure, parameters, and the rest: statistics and random streams."""
+    parts: tuple[Any, ...] = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
+    return graph, params, rest
 
 
 class Split(NamedTuple):
@@ -274,7 +282,7 @@ def compile_program(
         loss, metrics = model.objective(
             dense_on_device(batch), **{name: schedule(epoch) for name, schedule in schedules.items()}
         )
-        return loss, ({"loss": loss, **metrics}, nnx.split(model, nnx.Param, ...)[2])
+        return loss, ({"loss": loss, **metrics}, split(model)[2])
 
     def step(carry: Carry, batch: Batch, epoch: Any) -> Carry:
         (loss, (metrics, rest)), grads = jax.value_and_grad(
@@ -304,6 +312,12 @@ def compile_program(
     shapes = jax.eval_shape(lambda b: loss_of(graph_train, params, rest, b, np.float32(0)), probe)
     names = tuple(shapes[1][0])
     return Program(jax.jit(step, donate_argnums=0), jax.jit(evaluate), names)
+
+
+def batch_of(source: Source, rows: np.ndarray) -> Batch:
+    """A batch for the device: sparse where the source can give it so."""
+    taken: Batch = getattr(source, "take_sparse", source.take)(rows)
+    return taken
 
 
 def dense_on_device(batch: Batch) -> dict[str, jax.Array]:
@@ -386,7 +400,7 @@ def _validate(program: Program, carry: Carry, source: Source, rows: np.ndarray, 
     size = min(n, len(rows))
     sums = _zeros(program.metrics)
     for start in range(0, len(rows) // size * size, size):
-        sums = program.evaluate(carry.params, carry.rest, source.take(rows[start : start + size]), sums)
+        sums = program.evaluate(carry.params, carry.rest, batch_of(source, rows[start : start + size]), sums)
     means = _row(sums, program.metrics)
     return {f"validation_{k}": v for k, v in means.items() if k in program.metrics}
 

@@ -109,6 +109,10 @@ class FileSource:
         batch |= {key: rows_of(key, value, rows) for key, value in self.cells.items()}
         return batch | self.constants
 
+    def column(self, key: str) -> NDArray[Any]:
+        """Return a per-cell array held in memory whole, such as `batch_labels`."""
+        return rows_of(key, self.cells[key], np.arange(self.n_cells))
+
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return `rows` block-shuffled."""
         rows = np.asarray(rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
+from scipy import sparse
 
 from ..errors import DataError, DataWarning, MissingKeyError
 from .batches import in_memory, nbytes, rows_of
@@ -299,6 +300,7 @@ class ArraySource:
         self.cells, self.constants, self.n_cells = in_memory(cells, constants or {})
         self.keys = (*self.cells, *self.constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
+        self._capacities: dict[tuple[str, int], int] = {}
 
     @property
     def nbytes_in_memory(self) -> int:
@@ -308,6 +310,35 @@ class ArraySource:
     def take(self, rows: NDArray[np.integer]) -> Batch:
         """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
         return {key: rows_of(key, value, rows) for key, value in self.cells.items()} | self.constants
+
+    def take_sparse(self, rows: NDArray[np.integer]) -> dict[str, Any]:
+        """Return as `take` does, but sparse matrices as `SparseRows`, for a program that makes them dense.
+
+        Batches of one length have one shape, with room for the fullest rows of the whole matrix, so that one
+        program serves them all. A batch that repeats full rows beyond that room comes dense.
+        """
+        from ..math.sparse import sparse_rows
+
+        batch: dict[str, Any] = dict(self.constants)
+        for key, value in self.cells.items():
+            room = self._capacity(key, len(rows)) if isinstance(value, sparse.csr_array) else 0
+            if room and np.diff(value.indptr)[rows].sum() <= room:
+                batch[key] = sparse_rows(value, rows, room)
+            else:
+                batch[key] = rows_of(key, value, rows)
+        return batch
+
+    def column(self, key: str) -> NDArray[Any]:
+        """Return a per-cell array whole, such as `batch_labels`."""
+        return rows_of(key, self.cells[key], np.arange(self.n_cells))
+
+    def _capacity(self, key: str, n_rows: int) -> int:
+        """Return the entries of the `n_rows` fullest rows; 0 where int32 positions would overflow."""
+        if (key, n_rows) not in self._capacities:
+            lengths = np.sort(np.diff(self.cells[key].indptr))[::-1]
+            fits = n_rows * self.cells[key].shape[1] < 2**31
+            self._capacities[key, n_rows] = max(1, int(lengths[:n_rows].sum())) if fits else 0
+        return self._capacities[key, n_rows]
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return a random permutation of `rows`."""

@@ -24,6 +24,9 @@ REGISTRY: dict[str, type[Operator]] = {}
 
 Data = dict[str, Any]
 
+FLOATS = getattr(Float, "dtypes")  # noqa: B009 - jaxtyping's types are something else to a type checker
+INTEGERS = getattr(Int, "dtypes")  # noqa: B009
+
 
 @jax.tree_util.register_static
 class Unfitted(tuple[str, ...]):
@@ -316,12 +319,12 @@ def axes(hint: Any) -> list[str]:
 
 def is_float(hint: Any) -> bool:
     """Whether a jaxtyping hint is a float array (hints are not subclasses of Float)."""
-    return bool(getattr(hint, "dtypes", None) == Float.dtypes)
+    return bool(getattr(hint, "dtypes", None) == FLOATS)
 
 
 def is_int(hint: Any) -> bool:
     """Whether a jaxtyping hint is an integer array."""
-    return bool(getattr(hint, "dtypes", None) == Int.dtypes)
+    return bool(getattr(hint, "dtypes", None) == INTEGERS)
 
 
 def say(hint: Any) -> str:

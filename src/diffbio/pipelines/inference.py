@@ -10,7 +10,7 @@ from scipy import sparse
 
 from ..data.source import ArraySource, Source
 from ..operators.base import Data, Operator
-from ..train import dense_on_device
+from ..train import batch_of, dense_on_device
 
 CHUNK_CELLS = 1024
 
@@ -39,9 +39,9 @@ def map_chunks(
     size = min(chunk_cells, source.n_cells)
     run = jax.jit(lambda state, batch: function(state, dense_on_device(batch)))
     for start in range(0, source.n_cells, size):
-        rows = np.minimum(np.arange(start, start + size), source.n_cells - 1)
+        rows = np.arange(start, start + size) % source.n_cells
         kept = min(size, source.n_cells - start)
-        yield {key: value[:kept] for key, value in jax.device_get(run(state, source.take(rows))).items()}
+        yield {key: value[:kept] for key, value in jax.device_get(run(state, batch_of(source, rows))).items()}
 
 
 def joined(parts: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ class MappedSource:
 
     def take(self, rows: np.ndarray) -> dict[str, Any]:
         """The cells `rows`, mapped."""
-        return dict(self.function(self.source.take(rows)))
+        return dict(self.function(batch_of(self.source, rows)))
 
     def order(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
         """As in the source beneath."""
@@ -88,10 +88,8 @@ def in_memory(source: Source, n_cells: int, *, seed: int) -> Source:
 
 
 def column(source: Source, key: str) -> np.ndarray:
-    """A per-cell column such as `batch_labels`, whole."""
+    """A per-cell column such as `batch_labels`, whole; of a source that only gives batches, batch by batch."""
     if hasattr(source, "column"):
         return np.asarray(source.column(key))
     starts = range(0, source.n_cells, CHUNK_CELLS)
-    return np.concatenate(
-        [source.take(np.arange(s, min(s + CHUNK_CELLS, source.n_cells)))[key] for s in starts]
-    )
+    return np.concatenate([source.take(np.arange(s, min(s + CHUNK_CELLS, source.n_cells)))[key] for s in starts])

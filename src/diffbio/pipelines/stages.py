@@ -202,7 +202,11 @@ def _embedded(run: Run, reference: Source, *, learn: bool = True) -> np.ndarray:
     if not learn:
         return joined(apply_in_chunks(pipeline, reference, [pipeline.final_embedding]))[pipeline.final_embedding]
     graph, state = nnx.split(pipeline)
-    latent = joined(map_chunks(lambda s, batch: nnx.merge(graph, s).normalise(batch), state, reference))["latent"]
+
+    def latents(state: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"latent": nnx.merge(graph, state).normalise(batch)["latent"]}
+
+    latent: np.ndarray = joined(map_chunks(latents, state, reference))["latent"]
     if harmony is None:
         return latent
     data = {"embeddings": latent, "batch_labels": column(reference, "batch_labels")}

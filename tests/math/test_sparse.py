@@ -1,0 +1,39 @@
+"""Sparse batches become the dense ones they stand for."""
+
+import jax
+import numpy as np
+from scipy import sparse
+
+from diffbio.data.source import ArraySource
+from diffbio.math.sparse import SparseRows
+
+MATRIX = sparse.random_array((30, 11), density=0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
+
+
+def test_dense_again():
+    source = ArraySource({"counts": MATRIX})
+    for rows in (np.array([3, 1, 29, 0]), np.arange(30), np.array([7])):
+        batch = source.take_sparse(rows)["counts"]
+        assert isinstance(batch, SparseRows)
+        np.testing.assert_array_equal(batch.dense(), MATRIX.toarray()[rows])
+
+
+def test_batches_of_one_length_share_one_program():
+    source = ArraySource({"counts": MATRIX})
+    traces = []
+    run = jax.jit(lambda batch: (traces.append(0), batch.dense())[1])
+    for seed in range(5):
+        rows = np.random.default_rng(seed).choice(30, 8, replace=False)
+        np.testing.assert_array_equal(run(source.take_sparse(rows)["counts"]), MATRIX.toarray()[rows])
+    assert len(traces) == 1
+
+
+def test_full_rows_repeated_come_dense():
+    matrix = sparse.csr_array(np.vstack([np.ones((1, 5)), np.zeros((9, 5))]).astype(np.float32))
+    batch = ArraySource({"counts": matrix}).take_sparse(np.zeros(4, int))["counts"]
+    np.testing.assert_array_equal(batch, np.ones((4, 5)))
+
+
+def test_empty_matrix():
+    batch = ArraySource({"counts": sparse.csr_array((4, 5), dtype=np.float32)}).take_sparse(np.arange(3))["counts"]
+    np.testing.assert_array_equal(batch.dense(), np.zeros((3, 5)))

@@ -6,6 +6,7 @@ from toy_cells import toy_cells
 
 from diffbio import tl
 from diffbio.errors import ConfigError, DataError, MissingKeyError
+from diffbio.pipelines import SingleCellPipeline
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,28 @@ def test_vae_reads_the_variable_genes_and_says_which_it_did_not(adata):
 def test_methods_of_later_versions_are_refused_by_name(adata, call):
     with pytest.raises(ConfigError, match="not available; this version has"):
         call(adata)
+
+
+def test_pipeline_returns_itself_and_writes_its_results():
+    adata = toy_cells()
+    before = adata.copy()
+    small = {"latent_dim": 4, "hidden_dims": (16,), "max_epochs": 2, "enable_dim_reduction": False}
+    pipeline = tl.pipeline(adata, n_clusters=3, n_top_genes=30, enable_ambient_removal=False, **small)
+    assert isinstance(pipeline, SingleCellPipeline)
+    assert pipeline.fitted
+    assert (adata.X != before.X).nnz == 0
+    assert set(adata.obsm) == {"X_diffbio_latent", "diffbio_cluster_prob"}
+    assert adata.var["diffbio_highly_variable"].sum() == 30
+    record = adata.uns["diffbio"]["pipeline"]
+    assert list(record["skipped"]) == [
+        "batch correction: no batch key was given",
+        "ambient removal: switched off",
+        "UMAP: switched off",
+    ]
+    # the pipeline returned is the one that made the results
+    chosen = adata.var["diffbio_highly_variable"].to_numpy()
+    result, _, metadata = pipeline.apply({"counts": adata.X[:, chosen].toarray()}, {}, None)
+    np.testing.assert_allclose(result["latent"], adata.obsm["X_diffbio_latent"], rtol=1e-4, atol=1e-5)
+    assert not metadata
+    with pytest.raises(ConfigError, match="did you mean 'latent_dim'"):
+        tl.pipeline(adata, latentdim=3)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from ..data.write import RowStream, add_results
 from ..errors import ConfigError, MissingKeyError
 from ..fitting import fit
 from ..history import History
-from ..operators.base import Config, Operator, nonnegative, positive
+from ..operators.base import Config, Operator, _is_a, _say_type, nonnegative, positive
+from ..operators.normalization.umap import UMAPConfig
 from ..recording import recording
 from ..train import Settings
 from .inference import apply_in_chunks
 from .single_cell import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
+FEWEST_FOR_MAP = UMAPConfig().n_neighbors
 STAGES = {
     "ambient removal": "ambient_removal",
     "normalisation": "vae_normalizer",
@@ -89,23 +92,16 @@ def sorted_out(settings: Mapping[str, Any]) -> tuple[RunSettings, dict[str, Any]
             raise ConfigError(msg)
     parts: dict[type[Any], dict[str, Any]] = {RunSettings: {}, SingleCellPipelineConfig: {}, Settings: {}}
     for name, value in settings.items():
-        parts[known[name]][name] = value
-    SingleCellPipelineConfig(**parts[SingleCellPipelineConfig])
-    _check_types(parts[Settings])
-    Settings(**parts[Settings])
-    return RunSettings(**parts[RunSettings]), parts[SingleCellPipelineConfig], parts[Settings]
-
-
-def _check_types(given: Mapping[str, Any]) -> None:
-    """`train.Settings` checks ranges; a word from a YAML file would fail there with Python's own message."""
-    fields = {f.name: f for f in dataclasses.fields(Settings)}
-    for name, value in given.items():
-        wanted = str(getattr(fields[name].type, "__name__", fields[name].type))
-        whole = wanted.startswith("int")
-        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not right and not (value is None and "None" in wanted):
-            msg = f"{name} must be {wanted}, got {value!r}."
+        owner = known[name]
+        value = tuple(value) if isinstance(value, list) else value
+        hint = typing.get_type_hints(owner)[name]
+        if not _is_a(value, hint):
+            msg = f"{name} must be {_say_type(hint)}, got {value!r}."
             raise ConfigError(msg)
+        parts[owner][name] = value
+    for owner, given in parts.items():
+        owner(**given)  # checks the ranges
+    return RunSettings(**parts[RunSettings]), parts[SingleCellPipelineConfig], parts[Settings]
 
 
 def analyse(
@@ -248,6 +244,9 @@ def _profile(var: pd.DataFrame, column: str | None) -> np.ndarray | None:
 def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSettings) -> SingleCellPipeline:
     switches = {"ambient removal": "enable_ambient_removal", "batch correction": "enable_batch_correction"}
     given = dict(settings)
+    n_cells = prepared.source.n_cells
+    if n_cells < FEWEST_FOR_MAP:
+        prepared.skipped["UMAP"] = f"a neighbourhood is {FEWEST_FOR_MAP} cells, and there are {n_cells}"
     for stage, attribute in {
         **switches,
         "UMAP": "enable_dim_reduction",
@@ -256,7 +255,6 @@ def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSetti
         if given.get(attribute, True) is False:
             prepared.skipped[stage] = "switched off"
         given[attribute] = stage not in prepared.skipped
-    n_cells = prepared.source.n_cells
     pipeline = create_single_cell_pipeline(
         n_genes=len(prepared.genes), n_batches=max(1, len(prepared.batches)), seed=run.seed, **given
     )

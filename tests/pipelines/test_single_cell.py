@@ -1,0 +1,232 @@
+"""The pipeline: trained end to end it finds the types, keeps them when cells are new, and says when it can't."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score
+
+import diffbio
+from diffbio.errors import ConfigError, DataError, MissingKeyError, ModelFileError, TrainingInterrupted
+from diffbio.operators.base import Operator
+from diffbio.pipelines import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
+from diffbio.pipelines import stages as stages_module
+from diffbio.pipelines.inference import apply_in_chunks, in_memory, joined
+
+N_TYPES, N_GENES = 3, 40
+SMALL = {"n_genes": N_GENES, "n_clusters": N_TYPES, "latent_dim": 5, "hidden_dims": (16, 12)}
+QUICK = {"max_epochs": 30, "batch_size": 32, "learning_rate": 5e-3, "progress": False}
+DATA_KEYS = ("counts", "ambient_profile", "batch_labels")
+
+
+def cells(n=180, seed=0):
+    """Three types in two batches that see some genes differently, with 10 % soup."""
+    rng = np.random.default_rng(7)
+    profiles = rng.gamma(0.4, 1.0, (N_TYPES, N_GENES))
+    profiles /= profiles.sum(1, keepdims=True)
+    shift = np.exp(rng.normal(0, 0.5, (2, N_GENES)))
+    soup = profiles.mean(0)
+    rng = np.random.default_rng(seed)
+    types, batches = rng.integers(0, N_TYPES, n), rng.integers(0, 2, n)
+    native = profiles[types] * shift[batches]
+    native /= native.sum(1, keepdims=True)
+    library = rng.lognormal(6.0, 0.3, n)[:, None]
+    counts = rng.poisson(library * (0.9 * native + 0.1 * soup)).astype(np.float32)
+    data = {
+        "counts": sparse.csr_matrix(counts), "ambient_profile": soup.astype(np.float32), "batch_labels": batches,
+    }
+    return data, types
+
+
+def dense(data):
+    return {**data, "counts": jnp.asarray(data["counts"].toarray()), "batch_labels": jnp.asarray(data["batch_labels"])}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    data, types = cells()
+    pipeline = create_single_cell_pipeline(**SMALL)
+    history = diffbio.fit(pipeline, data, **QUICK)
+    return pipeline, data, types, history
+
+
+def test_defaults_are_those_of_the_reference():
+    config = SingleCellPipelineConfig()
+    assert (config.n_genes, config.n_clusters, config.latent_dim, config.hidden_dims) == (2000, 10, 64, (128, 64))
+    assert (config.umap_n_components, config.batch_correction_clusters) == (2, 100)
+    assert (config.batch_correction_iterations, config.clustering_temperature) == (10, 1.0)
+    assert all(getattr(config, name) is True for name in vars(config) if name.startswith("enable_"))
+    assert config.n_batches is None
+
+
+def test_finds_the_types_and_mixes_the_batches(fitted):
+    pipeline, data, types, _ = fitted
+    result, _, metadata = pipeline.apply(dense(data), {}, None)
+    assert metadata is None  # nothing unfitted
+    labels = np.asarray(result["cluster_assignments"]).argmax(1)
+    assert adjusted_rand_score(types, labels) > 0.9
+    assert (result["decontaminated_counts"] >= 0).all()
+    assert (result["decontaminated_counts"] <= result["counts"]).all()
+
+
+def test_trains_every_stage_and_then_jointly(fitted):
+    history = fitted[3]
+    stages = list(dict.fromkeys(row["stage"] for row in history.rows))
+    assert stages[:3] == ["ambient", "vae", "umap"]
+    assert "joint1" in stages
+    for stage in ("ambient", "vae"):
+        losses = [row["loss"] for row in history.rows if row["stage"] == stage]
+        assert losses[-1] < losses[0]
+
+
+def test_learns_the_number_of_batches_from_data(fitted):
+    assert fitted[0].config.n_batches == 2
+
+
+def test_new_cells_land_among_their_type(fitted):
+    pipeline, data, types, _ = fitted
+    new, new_types = cells(n=60, seed=5)
+    clusters = np.asarray(pipeline.apply(dense(data), {}, None)[0]["cluster_assignments"]).argmax(1)
+    name_of = {c: np.bincount(types[clusters == c]).argmax() for c in np.unique(clusters)}
+    found = np.asarray(pipeline.apply(dense(new), {}, None)[0]["cluster_assignments"]).argmax(1)
+    assert np.mean([name_of[c] == t for c, t in zip(found, new_types, strict=True)]) > 0.9
+
+
+def test_cells_are_treated_one_by_one(fitted):
+    pipeline, data, _, _ = fitted
+    whole = pipeline.apply(dense(data), {}, None)[0]
+    first = pipeline.apply({**dense(data), "counts": whole["counts"][:7], "batch_labels": whole["batch_labels"][:7]})[0]
+    keys = [key for key in pipeline.provided()]
+    for key in keys:
+        np.testing.assert_allclose(first[key], whole[key][:7], rtol=1e-4, atol=1e-4, err_msg=key)
+    from diffbio.fitting import source_for
+
+    chunked = joined(apply_in_chunks(pipeline, source_for(pipeline, data), keys, chunk_cells=64))
+    for key in keys:
+        np.testing.assert_allclose(chunked[key], whole[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_save_and_load_give_the_same_bits(fitted, tmp_path):
+    pipeline, data, _, _ = fitted
+    again = Operator.load(pipeline.save(tmp_path / "model"))
+    before, after = (p.apply(dense(data), {}, None) for p in (pipeline, again))
+    assert after[2] is None
+    for key in pipeline.provided():
+        np.testing.assert_array_equal(after[0][key], before[0][key], err_msg=key)
+
+
+def test_an_unknown_batch_is_an_error_and_under_jit_nan(fitted):
+    pipeline, data, _, _ = fitted
+    odd = dense(data) | {"batch_labels": jnp.asarray(data["batch_labels"]).at[3].set(2)}
+    with pytest.raises(DataError, match="n_batches=3"):
+        pipeline.apply(odd, {}, None)
+    result = jax.jit(lambda d: pipeline.apply(d, {}, None)[0])(odd)
+    for key in ("normalized", "latent", "corrected_embeddings", "embeddings_2d", "cluster_assignments"):
+        assert jnp.isnan(result[key][3]).all(), key
+        assert jnp.isfinite(jnp.delete(result[key], 3, axis=0)).all(), key
+
+
+def test_an_undeclared_batch_beyond_the_room_says_what_to_pass():
+    pipeline = create_single_cell_pipeline(**SMALL, batch_correction_clusters=3)
+    data = dense(cells(n=20)[0])
+    data["batch_labels"] = data["batch_labels"].at[0].set(16)
+    with pytest.raises(DataError, match="pass n_batches=17"):
+        pipeline.apply(data, {}, None)
+    declared = create_single_cell_pipeline(**SMALL, n_batches=2)
+    with pytest.raises(DataError, match="pass n_batches=17"):
+        diffbio.fit(declared, data, **QUICK)
+
+
+def test_missing_input_names_the_switch():
+    pipeline = create_single_cell_pipeline(**SMALL)
+    data = dense(cells(n=20)[0])
+    for key, switch in {"ambient_profile": "ambient_removal", "batch_labels": "batch_correction"}.items():
+        with pytest.raises(MissingKeyError, match=f"{key}.*enable_{switch}=False"):
+            pipeline.apply({k: v for k, v in data.items() if k != key}, {}, None)
+
+
+@pytest.mark.parametrize("stage", ["ambient_removal", "batch_correction", "dim_reduction", "clustering"])
+def test_a_disabled_stage_yields_nothing(stage):
+    keys = {
+        "ambient_removal": "decontaminated_counts", "batch_correction": "corrected_embeddings",
+        "dim_reduction": "embeddings_2d", "clustering": "cluster_assignments",
+    }
+    pipeline = create_single_cell_pipeline(**SMALL, batch_correction_clusters=3, **{f"enable_{stage}": False})
+    assert getattr(pipeline, stage) is None
+    result, _, _ = pipeline.apply(dense(cells(n=20)[0]), {}, None)
+    assert keys[stage] not in result
+    assert set(keys.values()) - {keys[stage]} <= set(result)
+
+
+def test_normalisation_alone_trains_without_batches():
+    off = {f"enable_{s}": False for s in ("ambient_removal", "batch_correction", "dim_reduction", "clustering")}
+    pipeline = create_single_cell_pipeline(**SMALL, **off)
+    diffbio.fit(pipeline, {"counts": cells(n=40)[0]["counts"]}, max_epochs=2, progress=False)
+    assert pipeline.fitted
+    assert pipeline.config.n_batches == 1
+
+
+def test_one_seed_one_result_and_one_stop_resumes_to_the_bit(tmp_path, monkeypatch):
+    data, _ = cells(n=90)
+    quick = {**QUICK, "max_epochs": 4}
+
+    def run(**how):
+        pipeline = create_single_cell_pipeline(**SMALL)
+        diffbio.fit(pipeline, data, **quick, **how)
+        return {k: v for k, v in dense_state(pipeline).items() if "rngs" not in k}
+
+    whole = run()
+    stage = stages_module._fit_jointly
+    monkeypatch.setattr(stages_module, "_fit_jointly", interrupted)
+    with pytest.raises(TrainingInterrupted):
+        run(checkpoint=tmp_path / "run")
+    monkeypatch.setattr(stages_module, "_fit_jointly", stage)
+    resumed = run(checkpoint=tmp_path / "run", resume=True)
+    for key, value in whole.items():
+        np.testing.assert_array_equal(resumed[key], value, err_msg=key)
+    other = SingleCellPipeline(SingleCellPipelineConfig(**{**SMALL, "latent_dim": 4}), rngs=nnx.Rngs(0))
+    with pytest.raises(ModelFileError, match="config differs"):
+        diffbio.fit(other, data, **quick, checkpoint=tmp_path / "run", resume=True)
+
+
+def interrupted(*_):
+    message = "stopped between two stages"
+    raise TrainingInterrupted(message, 130)
+
+
+def dense_state(pipeline):
+    return {k: np.asarray(v[...]) for k, v in pipeline.saved_state().items() if v.dtype != jax.random.key(0).dtype}
+
+
+def test_a_loss_on_the_clusters_trains_what_comes_before():
+    pipeline, data = SingleCellPipeline.examples()["all stages"]
+
+    def loss(model):
+        out = model.apply(data, {}, None)[0]
+        return (out["cluster_assignments"] ** 2).sum() + (out["embeddings_2d"] ** 2).sum()
+
+    grads = dict(nnx.to_flat_state(nnx.grad(loss)(pipeline)))
+    reached = {path[0] for path, g in grads.items() if jnp.abs(g[...]).max() > 0}
+    assert reached == {"ambient_removal", "vae_normalizer", "dim_reduction", "clustering"}
+
+
+def test_a_large_source_is_trained_on_a_bounded_reference():
+    from diffbio.data.source import ArraySource
+
+    data, _ = cells(n=100)
+    source = ArraySource(
+        {"counts": data["counts"], "batch_labels": data["batch_labels"]}, {"ambient_profile": data["ambient_profile"]}
+    )
+    part = in_memory(source, 30, seed=0)
+    assert part.n_cells == 30
+    assert set(part.keys) == set(DATA_KEYS)
+    assert in_memory(source, 200, seed=0) is source
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ConfigError, match="clustering_temperature"):
+        create_single_cell_pipeline(clustering_temperature=0.0)
+    with pytest.raises(ConfigError, match="n_clusters is|n_clusters"):
+        create_single_cell_pipeline(n_clusters=0)

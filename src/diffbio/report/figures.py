@@ -30,7 +30,8 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
     """Every figure that the results in `adata` allow, by name."""
     drawn: dict[str, Any] = {}
     if "X_diffbio_umap" in adata.obsm and adata.n_obs:
-        for name in pl.colors_of(adata, label_key(adata)) or [None]:
+        names: list[str | None] = [*pl.colors_of(adata, label_key(adata))] or [None]
+        for name in names:
             drawn[f"umap_{name}" if name else "umap"] = pl.embed(adata, color=name)
     if "diffbio_cluster" in adata.obs:
         drawn["cluster_sizes"] = pl.cluster(adata)

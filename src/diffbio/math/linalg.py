@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
-import scipy.sparse as sp
 from jaxtyping import Float
 
 from ..errors import ConfigError
@@ -14,7 +13,7 @@ ROWS_PER_BLOCK = 4096
 
 
 class PCA(NamedTuple):
-    """Scores = (x - mean) @ components.T; the rows of `components` are orthonormal, largest variance first."""
+    """Scores = (x - mean) @ components.T; rows of `components` are orthonormal, largest variance first."""
 
     scores: Float[np.ndarray, "cells components"]  # float32
     components: Float[np.ndarray, "components features"]
@@ -36,7 +35,7 @@ def pca(x: Any, n_components: int) -> PCA:
     Raises:
         ConfigError: n_components is out of range.
     """
-    x = sp.csr_array(x) if sp.issparse(x) else np.asarray(x)
+    x = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
     n, width = x.shape
     if not 1 <= n_components <= min(n, width):
         msg = f"pca: n_components must be from 1 to {min(n, width)} for {n} cells x {width} features, "
@@ -61,7 +60,7 @@ def pca(x: Any, n_components: int) -> PCA:
 
 def _block(x: Any, start: int, stop: int) -> np.ndarray:
     rows = x[start:stop]
-    return np.asarray(rows.toarray() if sp.issparse(rows) else rows, dtype=np.float32)
+    return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows, dtype=np.float32)
 
 
 def _scatter(x: Any, mean: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Parametric UMAP: a network that embeds cells so that neighbours stay neighbours."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ...errors import ConfigError, DataError
 from ...math.graph import Edges, find_ab_params, fuzzy_simplicial_set
@@ -17,6 +18,8 @@ from ...math.neighbors import knn
 from ..base import Config, Data, Operator, nonnegative, one_of, positive, setting
 
 SOFTENING = 1e-3  # umap's: squared embedding distance below which repulsion stops growing
+REPEATS = 4  # draws of the random pairs in each step: noise halves, and only 2-d distances are computed anew
+START_WIDTH = 3.0  # of the first coordinate before training, in units of spread: about a third of the final
 MOST_STEPS, FEWEST_STEPS = 50, 10  # of an epoch
 
 
@@ -33,7 +36,9 @@ class UMAPConfig(Config):
     metric: "euclidean" or "cosine" distance between the cells' features.
     hidden_dim: width of the network's layers.
     n_layers: how many hidden layers; 0 is a linear map.
-    n_negatives: random pairs pushed apart for each pair of neighbours pulled together.
+    n_negatives: weight of the random pairs pushed apart against the pairs of neighbours pulled together.
+    jitter: in training each cell of a pair moves in a random direction, by this fraction of the distance to
+        the other: a smoother map that places new cells better.
     """
 
     input_features: int = positive(50)
@@ -45,6 +50,7 @@ class UMAPConfig(Config):
     hidden_dim: int = positive(100)
     n_layers: int = nonnegative(3)
     n_negatives: int = positive(5)
+    jitter: float = nonnegative(0.4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +82,7 @@ class DifferentiableUMAP(Operator):
 
     config: UMAPConfig
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 100, "batch_size": 2048, "learning_rate": 2e-3, "validation": 0.0,
+        "max_epochs": 100, "batch_size": 2048, "learning_rate": 8e-3, "validation": 0.0,
     }
 
     def __init__(self, config: UMAPConfig, *, rngs: nnx.Rngs) -> None:
@@ -87,14 +93,16 @@ class DifferentiableUMAP(Operator):
         self.scale = nnx.BatchStat(jnp.ones(()))
         widths = [config.input_features] + [config.hidden_dim] * config.n_layers
         self.layers = nnx.List(
-            [nnx.Linear(before, after, rngs=rngs) for before, after in zip(widths[:-1], widths[1:], strict=True)]
+            [nnx.Linear(before, after, rngs=rngs) for before, after in itertools.pairwise(widths)]
         )
-        self.head = nnx.Linear(widths[-1], config.n_components, rngs=rngs)
+        # small, so that the map starts from the linear part
+        small = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        self.head = nnx.Linear(widths[-1], config.n_components, kernel_init=small, rngs=rngs)
         self.linear = nnx.Linear(config.input_features, config.n_components, use_bias=False, rngs=rngs)
-        self.negatives = rngs.negatives.fork()
+        self.noise = rngs.noise.fork()
 
     def __call__(self, features: Float[Array, "cells features"]) -> UMAPOutput:
-        """features: such as principal components, on the scale of the data that the operator was fitted to."""
+        """features: such as principal components, on the scale of those that the operator was fitted to."""
         x = self._standardised(features)
         h = x
         for layer in self.layers:
@@ -104,41 +112,42 @@ class DifferentiableUMAP(Operator):
     def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:
         """Cross entropy of a batch whose first half are edges' heads and second half their tails.
 
-        -log q(head, tail) for each edge and -log(1 - q) for n_negatives pairs of a head and another edge's
-        tail, q = 1 / (1 + a d^(2b)). Which pairs: random in train mode, fixed in eval mode.
+        -log q(head, tail), plus n_negatives / 2 times the mean of -log(1 - q) over pairs of a head and
+        another edge's tail, where q = 1 / (1 + a d^(2b)). Which pairs: random in train mode, fixed in eval
+        mode. An odd last cell is left out.
 
         Raises:
             DataError: the batch holds fewer than two edges, so that there are no negatives.
         """
-        y = self(self._inputs(data)["features"])["embedding"]
-        n = len(y) // 2
+        x = self._inputs(data)["features"]
+        n = len(x) // 2
         if n < 2:
-            msg = f"DifferentiableUMAP: a batch needs at least 4 cells (heads and tails of 2 edges), got {len(y)}."
+            msg = f"DifferentiableUMAP: a batch needs at least 4 cells (2 heads, 2 tails), got {len(x)}."
             raise DataError(msg)
-        heads, tails = y[:n], y[n : 2 * n]
-        shifts = self._shifts(n)
-        others = tails[(jnp.arange(n) + shifts[:, None]) % n]
-        attraction = jnp.log1p(self.a * _softened(heads - tails) ** self.b).mean()
-        far = _softened(heads - others)
-        repulsion = (jnp.log1p(self.a * far**self.b) - jnp.log(self.a) - self.b * jnp.log(far)).mean(axis=1).sum()
+        x = self._jittered(x[: 2 * n]) if self.training else x[: 2 * n]
+        heads, tails = jnp.split(self(x)["embedding"], 2)
+        others = tails[(jnp.arange(n) + self._shifts(n)[:, None]) % n]
+        # q = sigmoid(-logit), so that -log q = softplus(logit) and -log(1 - q) = softplus(-logit)
+        attraction = jax.nn.softplus(self._logit(heads - tails)).mean()
+        # half: umap moves only the head of a random pair, here both ends follow the gradient
+        repulsion = self.config.n_negatives / 2 * jax.nn.softplus(-self._logit(heads - others)).mean()
         return attraction + repulsion, {"attraction": attraction, "repulsion": repulsion}
 
     def init_from(self, data: dict[str, np.ndarray]) -> None:
         """Takes centre and scale from `data`; the linear map becomes its principal components."""
-        features = _directions(np.asarray(data["features"])) if self.config.metric == "cosine" else data["features"]
-        x = np.asarray(features, np.float32)
+        x = np.asarray(data["features"], np.float32)
+        x = np.asarray(_directions(x)) if self.config.metric == "cosine" else x
         center = x.mean(axis=0)
         scale = float(np.sqrt(((x - center) ** 2).mean()))
         self.center[...] = jnp.asarray(center)
         self.scale[...] = jnp.asarray(scale if scale > 0 else 1.0, jnp.float32)
         found = pca(x, min(self.config.n_components, *x.shape))
         start = np.zeros((self.config.input_features, self.config.n_components), np.float32)
-        largest = float(np.sqrt(found.variance[0]))
-        if largest > 0:
-            # a spread of the whole map like that of umap's spectral start
-            start[:, : len(found.components)] = found.components.T * (INITIAL * self.config.spread * scale / largest)
+        width = float(np.sqrt(found.variance[0]))
+        if width > 0:
+            gain = START_WIDTH * self.config.spread * scale / width
+            start[:, : len(found.components)] = gain * found.components.T
         self.linear.kernel[...] = jnp.asarray(start)
-        self.head.kernel[...] = self.head.kernel[...] * HEAD
 
     def sampler(self, data: dict[str, np.ndarray]) -> "EdgeSampler":
         """Builds the fuzzy neighbour graph of all cells; `fit` draws its minibatches from it.
@@ -170,11 +179,23 @@ class DifferentiableUMAP(Operator):
             features = _directions(features)
         return (features - self.center[...]) / self.scale[...]
 
-    def _shifts(self, n: int) -> Array:
+    def _logit(self, gap: Float[Array, "*pairs components"]) -> Float[Array, "*pairs"]:
+        """log(a d^(2b)) of embedding differences."""
+        return jnp.log(self.a) + self.b * jnp.log((gap**2).sum(axis=-1) + SOFTENING)
+
+    def _shifts(self, n: int) -> Int[Array, " shifts"]:
         """Partner of head i: the tail of edge i + shift; never its own."""
+        count = REPEATS * self.config.n_negatives
         if self.training:
-            return jax.random.randint(self.negatives(), (self.config.n_negatives,), 1, n)
-        return 1 + jnp.arange(self.config.n_negatives) * (n - 1) // self.config.n_negatives
+            return jax.random.randint(self.noise(), (count,), 1, n)
+        return 1 + jnp.arange(count) * (n - 1) // count
+
+    def _jittered(self, x: Float[Array, "cells features"]) -> Float[Array, "cells features"]:
+        heads, tails = jnp.split(x, 2)
+        # no gradient goes through the size of the noise, so the root needs no guard
+        reach = jax.lax.stop_gradient(jnp.sqrt(((heads - tails) ** 2).mean(axis=1, keepdims=True)))
+        moved = jax.random.normal(self.noise(), x.shape, x.dtype)
+        return x + self.config.jitter * jnp.concatenate([reach, reach]) * moved
 
     def _fixed_axes(self) -> dict[str, int]:
         return {"features": self.config.input_features, "components": self.config.n_components}
@@ -203,15 +224,8 @@ class EdgeSampler:
         return np.concatenate([self.rows[drawn], self.columns[drawn]], axis=1)
 
 
-def _softened(gap: Float[Array, "*batch components"]) -> Float[Array, "*batch"]:
-    return (gap**2).sum(axis=-1) + SOFTENING
-
-
 def _directions(x: Any) -> Any:
     """Rows of length 1: cosine distance knows no length; a zero row stays zero."""
     squared = (x**2).sum(axis=1, keepdims=True)
     return x / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
 
-
-INITIAL = 3.0
-HEAD = 1.0

@@ -15,15 +15,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def small_adata():
+def small_adata(n=120):
     import anndata
 
     rng = np.random.default_rng(0)
     from scipy import sparse
 
-    counts = sparse.csr_matrix(rng.poisson(0.5, (40, 2000)).astype(np.float32))
+    counts = sparse.csr_matrix(rng.poisson(0.5, (n, 2000)).astype(np.float32))
     adata = anndata.AnnData(counts)
-    adata.obs["batch"] = np.where(np.arange(40) % 2, "a", "b")
+    adata.obs["batch"] = np.where(np.arange(n) % 2, "a", "b")
     adata.obs["batch"] = adata.obs["batch"].astype("category")
     return adata
 

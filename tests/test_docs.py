@@ -64,7 +64,7 @@ def pipeline_page():
         "new_data": cells(5, n=100),
         # names in the pseudo-code of the stages
         "encoder": encode,
-        "reparameterize": lambda mean, logvar: mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), mean.shape),
+        "reparameterize": lambda mean, logvar: mean + jnp.exp(logvar / 2) * embeddings,
         "decoder": lambda z: jax.nn.softmax(vae.vae.decoder.fraction(vae.vae.decoder.network(z))),
         "vae_decoder": lambda z: jax.nn.softmax(vae.vae.decoder.fraction(vae.vae.decoder.network(z))),
         "z": jnp.zeros((100, 8)),

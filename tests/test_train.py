@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def test_compiles_each_function_once(monkeypatch):
 
 
 def test_early_stopping_keeps_the_best_weights():
-    model, history = fitted(max_epochs=300, patience=3, learning_rate=0.05)
+    _, history = fitted(max_epochs=300, patience=3, learning_rate=0.05)
     assert history.stopped_early
     assert len(history) < 300
     assert len(history) - 1 - history.best_epoch == 3
@@ -90,7 +91,7 @@ def test_resume_is_bit_identical_to_a_run_that_was_never_stopped(tmp_path, stop_
 
         n_cells = len(CELLS)
         keys = ("counts",)
-        categories: dict = {}
+        categories: ClassVar[dict] = {}
         nbytes_in_memory = 0
 
         def take(self, rows):
@@ -118,7 +119,11 @@ def test_resume_of_a_finished_run_may_go_on_longer(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"data": {"counts": CELLS + 1}}, "data"), ({"seed": 3}, "settings"), ({"optimizer": optax.sgd(0.1)}, "optimizer")],
+    [
+        ({"data": {"counts": CELLS + 1}}, "data"),
+        ({"seed": 3}, "settings"),
+        ({"optimizer": optax.sgd(0.1)}, "optimizer"),
+    ],
 )
 def test_resume_refuses_what_differs(tmp_path, change, named):
     fitted(checkpoint=tmp_path / "a")
@@ -150,7 +155,8 @@ def test_unknown_and_impossible_settings_are_named():
 
 def test_clipping_bounds_the_step():
     model, before = toy(), toy()
-    fit(model, {"counts": CELLS}, optimizer=optax.sgd(1.0), clip_norm=1e-3, max_epochs=1, batch_size=108, progress=False)
+    settings = {"clip_norm": 1e-3, "max_epochs": 1, "batch_size": 108, "progress": False}
+    fit(model, {"counts": CELLS}, optimizer=optax.sgd(1.0), **settings)
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, nnx.state(model, nnx.Param), nnx.state(before, nnx.Param)))
     assert 0 < float(moved) <= 1.001e-3
 

@@ -1,7 +1,7 @@
 """A small trainable operator with dropout and a running statistic, for the tests of the training loop."""
 
 import dataclasses
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ class Coded(TypedDict):
 class Toy(Operator):
     """A linear autoencoder."""
 
-    fit_defaults = {"max_epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
-    schedules = {"weight": lambda epoch: jnp.minimum(1.0, (epoch + 1) / 3)}
+    fit_defaults: ClassVar[dict] = {"max_epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
+    schedules: ClassVar[dict] = {"weight": lambda epoch: jnp.minimum(1.0, (epoch + 1) / 3)}
 
     def __init__(self, config: ToyConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -1,6 +1,6 @@
 """Writes requirements.lock (pinned, hashed, no URLs) and repeats its pins as uv constraints in pyproject.toml.
 
-    uv run python tools/lock.py
+Run it as `uv run python tools/lock.py`.
 """
 
 import re

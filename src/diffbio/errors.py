@@ -58,7 +58,7 @@ class TrainingDivergedError(DiffBioError, ArithmeticError):
     exit_code = 7
 
 
-class TrainingInterrupted(DiffBioError):  # noqa: N818 - an interruption asked for by the user, not a fault
+class TrainingInterrupted(DiffBioError):
     """SIGINT or SIGTERM arrived; a checkpoint was saved. `exit_code` is 130 or 143."""
 
     def __init__(self, message: str, exit_code: int) -> None:

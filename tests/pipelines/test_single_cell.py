@@ -98,7 +98,7 @@ def test_cells_are_treated_one_by_one(fitted):
     pipeline, data, _, _ = fitted
     whole = pipeline.apply(dense(data), {}, None)[0]
     first = pipeline.apply({**dense(data), "counts": whole["counts"][:7], "batch_labels": whole["batch_labels"][:7]})[0]
-    keys = [key for key in pipeline.provided()]
+    keys = list(pipeline.provided())
     for key in keys:
         np.testing.assert_allclose(first[key], whole[key][:7], rtol=1e-4, atol=1e-4, err_msg=key)
     from diffbio.fitting import source_for
@@ -228,5 +228,5 @@ def test_a_large_source_is_trained_on_a_bounded_reference():
 def test_bad_settings_are_named():
     with pytest.raises(ConfigError, match="clustering_temperature"):
         create_single_cell_pipeline(clustering_temperature=0.0)
-    with pytest.raises(ConfigError, match="n_clusters is|n_clusters"):
+    with pytest.raises(ConfigError, match="n_clusters"):
         create_single_cell_pipeline(n_clusters=0)

@@ -1,0 +1,1 @@
+"""Differentiable operators: dicts of arrays in, dicts of arrays out."""

@@ -146,6 +146,7 @@ class SingleCellPipeline(Operator):
         ambient_profile: Float[Array, "genes"] | None = None,
         batch_labels: Int[Array, "cells"] | None = None,
     ) -> Analysed:
+        """All enabled stages on these cells."""
         result = self._normalised(counts, ambient_profile, batch_labels)
         embedding = result["latent"]
         if self.batch_correction is not None:

@@ -1,6 +1,6 @@
 """Operators of the single-cell workflow."""
 
-from .vae_normalizer import VAENormalizer as VAENormalizer
-from .vae_normalizer import VAENormalizerConfig as VAENormalizerConfig
 from .umap import DifferentiableUMAP as DifferentiableUMAP
 from .umap import UMAPConfig as UMAPConfig
+from .vae_normalizer import VAENormalizer as VAENormalizer
+from .vae_normalizer import VAENormalizerConfig as VAENormalizerConfig

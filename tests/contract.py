@@ -5,6 +5,7 @@ broken on purpose, to show that each check can fail.
 """
 
 import dataclasses
+import hashlib
 import inspect
 import re
 import tempfile
@@ -257,6 +258,59 @@ def settings_are_live_and_documented(cls):
     with pytest.raises((ConfigError, TypeCheckError)):
         config(**{dataclasses.fields(config)[0].name: "nonsense"})
     assert hash(config()) == hash(config())
+
+
+def settings_change_results(cls):
+    """Another value of any setting shows: in outputs, weights, objective, sampler, or as a refusal of the data."""
+    op, data = next(iter(cls.examples().values()))
+    before = everything_it_does(op, data)
+    for f in dataclasses.fields(op.config):
+        config = dataclasses.replace(op.config, **{f.name: another_value(f, getattr(op.config, f.name))})
+        try:
+            after = everything_it_does(cls(config, rngs=nnx.Rngs(0)), data)
+        except DataError:
+            continue
+        assert after != before, f"{f.name} changes nothing"
+
+
+def another_value(f, value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        choices = re.findall("'([^']+)'", f.metadata["wanted"])
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, tuple):
+        return tuple(v + 1 for v in value)
+    return value + 1 if isinstance(value, int) else value * 0.6 + 0.05
+
+
+def everything_it_does(op, data):
+    """A digest of all that is to be seen of an operator: in both modes, before and after its start from data."""
+    digest, on_host = hashlib.sha256(), {k: np.asarray(v) for k, v in data.items()}
+
+    def note(tree):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+                digest.update(str(path).encode())
+                digest.update(np.asarray(leaf).tobytes())
+
+    def look():
+        for path, variable in nnx.to_flat_state(nnx.state(op)):
+            digest.update(f"{path} {type(variable).__name__}".encode())
+        note(nnx.state(op))
+        for training in (False, True):
+            with mode_of(op, training=training):
+                note({k: v for k, v in run(op, data).items() if k in op.provided()})
+                if hasattr(op, "objective"):
+                    note(op.objective(data))
+
+    look()
+    if hasattr(op, "init_from"):
+        op.init_from(on_host)
+        look()
+    if hasattr(op, "sampler"):
+        note(op.sampler(on_host).order(np.random.default_rng(0), 8))
+    return digest.hexdigest()
 
 
 def says_what_it_does(cls):

@@ -130,6 +130,20 @@ def objective_without_a_slope(cls):
     return altered(cls, lambda out, _, x: out, objective=objective)
 
 
+def widened(cls, config):
+    """`cls` with the settings `config`, which no code reads."""
+    mutant = altered(cls, lambda out, _, x: out)
+
+    def examples(_):
+        cases = cls.examples.__func__(mutant)
+        for op, _ in cases.values():
+            op.config = config(**dataclasses.asdict(op.config))
+        return cases
+
+    mutant.examples = classmethod(examples)
+    return mutant
+
+
 def unsafe_root(cls):
     return altered(cls, lambda out, _, x: out + jnp.sqrt((x - x.mean(0)) ** 2).sum())
 
@@ -189,6 +203,8 @@ def test_a_dead_or_undocumented_setting_is_caught(cls):
     mutant.config_class = classmethod(lambda _: Wider)
     with pytest.raises(AssertionError, match="momentum"):
         contract.settings_are_live_and_documented(mutant)
+    with pytest.raises(AssertionError, match="momentum changes nothing"):
+        contract.settings_change_results(widened(cls, Wider))
     mutant.__doc__ = None
     with pytest.raises(AssertionError):
         contract.says_what_it_does(mutant)

@@ -38,6 +38,11 @@ def test_class(cls, promise):
     promise(cls)
 
 
+@pytest.mark.parametrize("cls", [c for n, c in OPERATORS.items() if "Pipeline" not in n], ids=lambda c: c.__name__)
+def test_settings(cls):
+    contract.settings_change_results(cls)
+
+
 def test_every_operator_file_is_imported_and_exported():
     for package in (diffbio.operators.singlecell, diffbio.operators.normalization):
         for module in pkgutil.iter_modules(package.__path__):

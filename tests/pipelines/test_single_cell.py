@@ -1,9 +1,12 @@
 """The pipeline: trained end to end it finds the types, keeps them when cells are new, and says when it can't."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import another_value
 from flax import nnx
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
@@ -59,6 +62,19 @@ def test_defaults_are_those_of_the_reference():
     assert (config.batch_correction_iterations, config.clustering_temperature) == (10, 1.0)
     assert all(getattr(config, name) is True for name in vars(config) if name.startswith("enable_"))
     assert config.n_batches is None
+
+
+def test_every_setting_reaches_a_stage():
+    def stages(config):
+        pipeline = SingleCellPipeline(config, rngs=nnx.Rngs(0))
+        parts = ("ambient_removal", "vae_normalizer", "batch_correction", "dim_reduction", "clustering")
+        return {name: getattr(getattr(pipeline, name), "config", None) for name in parts}
+
+    config = SingleCellPipelineConfig(**SMALL)
+    before = stages(config)
+    for field in dataclasses.fields(config):
+        value = 3 if field.name == "n_batches" else another_value(field, getattr(config, field.name))
+        assert stages(dataclasses.replace(config, **{field.name: value})) != before, field.name
 
 
 def test_finds_the_types_and_mixes_the_batches(fitted):

@@ -1,6 +1,6 @@
 """Writes umap_graph.npz: neighbour lists and umap-learn's fuzzy simplicial set of them, for four cases.
 
-Run with the project's environment (scanpy brings umap-learn): `python tests/oracles/make_umap_graph.py`.
+Run with the project's environment (scanpy brings umap-learn): `python tools/make_umap_graph.py`.
 """
 
 from pathlib import Path
@@ -39,4 +39,4 @@ for name, points in cases.items():
     stored["indices_" + name] = indices
     stored["distances_" + name] = distances
     stored["weights_" + name] = np.stack([graph.row, graph.col, graph.data]).astype(np.float32)
-np.savez_compressed(Path(__file__).with_name("umap_graph.npz"), **stored)
+np.savez_compressed(Path(__file__).parents[1] / "tests" / "oracles" / "umap_graph.npz", **stored)

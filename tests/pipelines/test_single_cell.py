@@ -246,3 +246,14 @@ def test_bad_settings_are_named():
         create_single_cell_pipeline(clustering_temperature=0.0)
     with pytest.raises(ConfigError, match="n_clusters"):
         create_single_cell_pipeline(n_clusters=0)
+
+
+def test_schedules_go_where_the_objective_takes_them():
+    pipeline, _ = SingleCellPipeline.examples()["all stages"]
+    own = {"kl_weight": lambda epoch: epoch}
+    run = stages_module.Run(pipeline, None, {}, None, resume=False, how={}, schedules=own)
+    assert run.schedules_of(pipeline.vae_normalizer)["kl_weight"](3) == 3
+    assert run.schedules_of(pipeline)["kl_weight"](3) == np.inf  # after the warm-up
+    assert run.schedules_of(pipeline.dim_reduction) == {}
+    run.schedules = None
+    assert set(run.schedules_of(pipeline.ambient_removal)) == {"kl_weight"}

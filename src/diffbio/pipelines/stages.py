@@ -1,6 +1,7 @@
 """How a `SingleCellPipeline` is trained: each stage on what the one before gives, then all of them jointly."""
 
 import dataclasses
+import inspect
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 # Neighbour graph, Harmony and the joint stage see at most this many cells (a random choice): memory stays flat,
 # and a fitted stage embeds the other cells one by one.
 REFERENCE_CELLS = 50_000
+# Small steps of the whole pipeline refine a stage's own training and do not undo it.
 JOINT = {"max_epochs": 20, "learning_rate": 3e-4, "validation": 0.0}
 JOINT_ROUNDS = 2  # after each, Harmony is learned again on the moved latent space
-# steps of the whole pipeline are small, so that a stage's own training is refined and not undone
 
 
 @dataclasses.dataclass
@@ -60,16 +61,21 @@ class Run:
         sampler: Sampler | None = None,
         own: tuple[str, ...] = (),
     ) -> None:
-        """Trains `model`; of the user's settings those in `own` do not reach this stage, and epochs are a limit."""
+        """Trains `model`; of the user's settings those in `own` do not reach this stage.
+
+        The user's `max_epochs` is that of the VAE, and a limit for the other stages.
+        """
         given = {k: v for k, v in self.settings.items() if k not in own}
-        epochs = min(defaults.get("max_epochs", 100), self.settings.get("max_epochs", 10**9))
+        epochs = self.settings.get("max_epochs", defaults["max_epochs"])
+        if stage != "vae":
+            epochs = min(defaults["max_epochs"], epochs)
         folder = None if self.checkpoint is None else self.checkpoint / stage
         history = train(
             model,
             source,
             Settings(**{**defaults, **given, "max_epochs": epochs}),
             sampler=sampler,
-            schedules={**getattr(model, "schedules", {}), **(self.schedules or {})} if stage == "vae" else None,
+            schedules=self.schedules_of(model),
             checkpoint=folder,
             resume=self.resume and folder is not None and folder.exists(),
             label=stage,
@@ -77,6 +83,17 @@ class Run:
         )
         self.rows += [{"stage": stage, **row} for row in history.rows]
         model.mark_fitted()
+
+    def schedules_of(self, model: Any) -> dict[str, Schedule]:
+        """The model's own schedules, and of the user's those whose keyword its objective takes.
+
+        The joint stage comes after the warm-ups: there each schedule stays at its value at infinity.
+        """
+        taken = inspect.signature(model.objective).parameters
+        given = {name: schedule for name, schedule in (self.schedules or {}).items() if name in taken}
+        if model is self.pipeline:
+            return {name: constant(schedule(jnp.inf)) for name, schedule in given.items()}
+        return {**getattr(model, "schedules", {}), **given}
 
     def stage(self, name: str, action: Callable[[], None]) -> None:
         """Runs `action` unless a resumed run has done it; saves the pipeline after it."""
@@ -86,6 +103,11 @@ class Run:
         self.done.append(name)
         if self.checkpoint is not None:
             save_progress(self)
+
+
+def constant(value: Any) -> Schedule:
+    """The schedule that stays at `value`."""
+    return lambda epoch: value
 
 
 def fit_stages(

@@ -175,6 +175,17 @@ def test_names_that_are_not_there(capsys, cells, out, arguments, wanted):
     assert wanted in failed(capsys, ["run", cells, "-o", out, *arguments], 3)
 
 
+def test_a_layer_that_is_not_there_names_the_others(capsys, cells, out):
+    assert "layers holds nothing" in failed(capsys, ["run", cells, "-o", out, "--layer", "raw", "--in-memory"], 3)
+
+
+def test_no_command_shows_the_help(capsys):
+    assert run_command([]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("Usage: diffbio")
+    assert "error" not in said.err.splitlines()[0]
+
+
 def test_more_clusters_than_cells(capsys, cells, out):
     assert "n_clusters must be at most the number of cells, 120, got 121" in failed(
         capsys, ["run", cells, "-o", out, "--n-clusters", "121"], 2

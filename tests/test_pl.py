@@ -78,6 +78,13 @@ def test_categories_beyond_the_palette_are_gathered():
     assert texts[-1] == "other (81)"
 
 
+def test_a_name_stands_above_cells_that_it_would_hide():
+    xy = np.vstack([np.random.default_rng(0).normal(size=(40, 2)), [[6, 6], [6.01, 6.01]]])
+    ax = plt.figure().subplots()
+    pl.scatter(ax, xy, np.array(["0"] * 40 + ["1"] * 2))
+    assert [text.xyann for text in ax.texts] == [(0, 0), (0, 9)]
+
+
 def test_cluster_sizes_add_up():
     adata = results()
     ax = pl.cluster(adata)

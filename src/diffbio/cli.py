@@ -18,7 +18,7 @@ from . import __version__
 from .errors import ConfigError, DataWarning, DiffBioError, InputFileError, OutputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Differentiable single-cell analysis: correct, embed and cluster cells.",
     epilog="Exit codes: 0 done, 1 internal error, 2 wrong usage or setting, 3 bad data, 4 unusable "
     "checkpoint or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
@@ -87,11 +87,15 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 @app.callback(invoke_without_command=True)
 def _top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if version:
         say(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        say(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -123,7 +127,7 @@ def demo(
         force=True,
         quiet=quiet,
     )
-    say(f"now your own cells: diffbio run cells.h5ad -o out.h5ad --batch-key COLUMN --figures {folder}")
+    say("now your own cells: diffbio run cells.h5ad -o out.h5ad --batch-key COLUMN --figures figures")
 
 
 @app.command()

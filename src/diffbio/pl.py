@@ -19,6 +19,7 @@ PALETTE = (
 GREY = "#B8B8B8"
 LEGEND_ROWS = 16
 LONGEST_NAME = 28
+NAME_EXTENT = 0.05  # of the map; a name on a smaller group of cells would hide them all
 NAMES_OF_MAPS = {
     "umap": "UMAP",
     "pca": "PC",
@@ -327,9 +328,11 @@ def _name_on_map(ax: "Axes", xy: np.ndarray, names: list[str], codes: np.ndarray
         if len(cells):
             x, y = np.median(cells, axis=0)
             outline = [withStroke(linewidth=2.5, foreground="white")]
+            hides = bool((np.ptp(cells, axis=0) < NAME_EXTENT * np.ptp(xy, axis=0)).all())
             ax.annotate(
-                name, (x, y), ha="center", va="center", fontsize=9, weight="bold", path_effects=outline
-            )
+                name, (x, y), xytext=(0, 9 if hides else 0), textcoords="offset points", ha="center",
+                va="center", fontsize=9, weight="bold", path_effects=outline,
+            )  # fmt: skip
 
 
 def _legend(ax: "Axes", names: list[str], paints: list[str]) -> None:

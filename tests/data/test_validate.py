@@ -119,8 +119,15 @@ def test_ambient_profile():
     for wrong, said in [
         ([0.5, 0.5], "2 entries for 3 genes"),
         ([0.5, 0.5, 0.5], "sums to 1.5, not 1"),
+        ([0.0, 0.0, 0.0], "sums to 0, not 1"),
         ([1.5, -0.5, 0.0], "negative at gene 1"),
         ([np.nan, 0.5, 0.5], "NaN"),
     ]:
         with pytest.raises(DataError, match=said):
             check_ambient_profile(wrong, 3)
+
+
+def test_an_ambient_profile_of_more_genes_than_the_data_have_is_scaled():
+    with pytest.warns(DataWarning, match="sums to 0.8: it was measured over more genes"):
+        found = check_ambient_profile([0.2, 0.6, 0.0], 3)
+    np.testing.assert_allclose(found, [0.25, 0.75, 0], rtol=1e-6)  # float32

@@ -132,7 +132,8 @@ def _lookup(adata: AnnData, key: str, place: str) -> Any:
         raise DataError(msg)
     held = getattr(adata, slot)
     if name not in held:
-        msg = f"{key}: mapped to {place!r}, but adata.{slot} holds {', '.join(map(str, held)) or 'nothing'}"
+        others = ", ".join(str(k) for k in held if k is not None) or "nothing"  # anndata keeps X at layers[None]
+        msg = f"{key}: mapped to {place!r}, but adata.{slot} holds {others}"
         raise MissingKeyError(msg)
     return held[name]
 

@@ -105,11 +105,13 @@ def check_counts(
 
 
 def check_ambient_profile(profile: Any, n_genes: int) -> NDArray[np.float32]:
-    """Return an ambient profile (genes,) as float32 fractions.
+    """Return an ambient profile (genes,) as float32 fractions that sum to 1.
+
+    A sum below 1 is scaled to 1 with a warning: the profile was measured over genes that the data lack.
 
     Raises
     ------
-    DataError : wrong length, NaN, negative, or a sum that differs from 1 by more than 1e-3.
+    DataError : wrong length, NaN, negative, only zeros, or a sum above 1 by more than 1e-3.
     """
     fractions = np.asarray(profile, np.float64).ravel()
     if fractions.shape != (n_genes,):
@@ -118,9 +120,14 @@ def check_ambient_profile(profile: Any, n_genes: int) -> NDArray[np.float32]:
         problem = f"has {int((~np.isfinite(fractions)).sum())} entries that are NaN or infinite"
     elif (fractions < 0).any():
         problem = f"is negative at gene {int(np.argmin(fractions))}"
-    elif abs(fractions.sum() - 1.0) > 1e-3:
+    elif not 0.0 < fractions.sum() <= 1.0 + 1e-3:
         problem = f"sums to {fractions.sum():.6g}, not 1"
     else:
+        if fractions.sum() < 1.0 - 1e-3:
+            _warn(
+                f"ambient_profile sums to {fractions.sum():.6g}: it was measured over more genes than the data "
+                "have; it is scaled to sum to 1"
+            )
         return (fractions / fractions.sum()).astype(np.float32)
     msg = f"ambient_profile {problem}; give fractions of the genes in the data, such as counts / counts.sum()"
     raise DataError(msg)

@@ -79,9 +79,9 @@ def test_categories_beyond_the_palette_are_gathered():
 
 
 def test_a_name_stands_above_cells_that_it_would_hide():
-    xy = np.vstack([np.random.default_rng(0).normal(size=(40, 2)), [[6, 6], [6.01, 6.01]]])
+    xy = np.vstack([np.random.default_rng(0).normal(size=(40, 2)), np.full((20, 2), 6.0), [[3, 3]]])
     ax = plt.figure().subplots()
-    pl.scatter(ax, xy, np.array(["0"] * 40 + ["1"] * 2))
+    pl.scatter(ax, xy, np.array(["0"] * 40 + ["1"] * 21))
     assert [text.xyann for text in ax.texts] == [(0, 0), (0, 9)]
 
 

@@ -19,7 +19,7 @@ PALETTE = (
 GREY = "#B8B8B8"
 LEGEND_ROWS = 16
 LONGEST_NAME = 28
-NAME_EXTENT = 0.05  # of the map; a name on a smaller group of cells would hide them all
+NAME_EXTENT = 0.05  # of the map; a name on a smaller group of cells would hide them
 NAMES_OF_MAPS = {
     "umap": "UMAP",
     "pca": "PC",
@@ -328,7 +328,8 @@ def _name_on_map(ax: "Axes", xy: np.ndarray, names: list[str], codes: np.ndarray
         if len(cells):
             x, y = np.median(cells, axis=0)
             outline = [withStroke(linewidth=2.5, foreground="white")]
-            hides = bool((np.ptp(cells, axis=0) < NAME_EXTENT * np.ptp(xy, axis=0)).all())
+            extent = np.ptp(np.quantile(cells, [0.1, 0.9], axis=0), axis=0)  # a stray cell does not count
+            hides = bool((extent < NAME_EXTENT * np.ptp(xy, axis=0)).all())
             ax.annotate(
                 name, (x, y), xytext=(0, 9 if hides else 0), textcoords="offset points", ha="center",
                 va="center", fontsize=9, weight="bold", path_effects=outline,

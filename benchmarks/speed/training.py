@@ -175,7 +175,8 @@ def main() -> None:
             total = mine["cells_per_cpu_s"] / peer["cells_per_cpu_s"]
             steady = mine["steady_cells_per_cpu_s"] / peer["steady_cells_per_cpu_s"]
             gain = mine["held_out"]["elbo"] - peer["held_out"]["elbo"]
-            print(f"{mine['epochs']} epochs: {total:.2f} times the speed (steady {steady:.2f}; bar {BAR}), ELBO {gain:+.2f}")
+            speed = f"{total:.2f} times the speed (steady {steady:.2f}; bar {BAR})"
+            print(f"{mine['epochs']} epochs: {speed}, ELBO {gain:+.2f}")
 
 
 if __name__ == "__main__":

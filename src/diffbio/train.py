@@ -2,12 +2,9 @@
 
 import dataclasses
 import hashlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,8 +14,9 @@ import optax
 from flax import nnx
 
 from . import storage
-from .errors import ConfigError, ModelFileError, TrainingDivergedError, TrainingInterrupted
+from .errors import ConfigError, ModelFileError, TrainingDivergedError
 from .history import History, Progress
+from .interrupts import Interrupts
 
 Batch = Mapping[str, Any]
 Schedule = Callable[[Any], Any]
@@ -358,42 +356,6 @@ def restore(path: str | Path, carry: Carry, best: Any, identity: dict[str, Any])
         raise ModelFileError(msg) from error
     carry, best = jax.tree.unflatten(tree, values)
     return carry, best, clock
-
-
-class Interrupts:
-    """Turns the first SIGINT or SIGTERM into a note to stop after the step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def error(self, checkpoint: str | Path | None) -> TrainingInterrupted:
-        """What to raise for the signal that came."""
-        name = signal.Signals(self.signal or signal.SIGINT).name
-        saved = (
-            f"a checkpoint is saved in {checkpoint}; the same command with resume goes on from there"
-            if checkpoint is not None
-            else "the model holds the best weights so far; pass checkpoint= to be able to go on"
-        )
-        return TrainingInterrupted(f"fit: stopped by {name}; {saved}.", 128 + int(self.signal or 2))
 
 
 def _validate(program: Program, carry: Carry, source: Source, rows: np.ndarray, n: int) -> dict[str, float]:

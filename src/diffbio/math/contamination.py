@@ -38,8 +38,8 @@ def native_share(
 
         (x / theta) y² + (1 + lam / mu + lam / theta - x / theta) y - 1 = 0
 
-    A count far above mu + lam raises g, so that the excess stays native: for large x, lam molecules are
-    removed and not a share. lam -> 0 gives 1; theta -> infinity gives mu / (mu + lam).
+    A count far above mu + lam raises g, so that the excess stays native: as x grows, the ambient part ends
+    at lam (1 + theta / mu) molecules. lam -> 0 gives 1; theta -> infinity gives mu / (mu + lam).
     """
     per_theta = jnp.exp(-log_theta)
     extra = x * per_theta

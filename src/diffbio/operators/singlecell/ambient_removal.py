@@ -81,7 +81,7 @@ class DifferentiableAmbientRemoval(Operator):
 
     config: AmbientRemovalConfig
     init_cells: ClassVar[int | None] = 4096
-    fit_defaults: ClassVar[Mapping[str, Any]] = {"max_epochs": 200, "batch_size": 128, "learning_rate": 2e-3}
+    fit_defaults: ClassVar[Mapping[str, Any]] = {"max_epochs": 400, "batch_size": 128, "learning_rate": 2e-3}
     schedules: ClassVar[Mapping[str, Any]] = {"kl_weight": lambda epoch: jnp.minimum(1.0, (epoch + 1) / 20)}
 
     def __init__(self, config: AmbientRemovalConfig, *, rngs: nnx.Rngs) -> None:

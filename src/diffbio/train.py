@@ -277,31 +277,27 @@ def compile_program(
 
     def loss_of(graph: Any, params: Any, rest: Any, batch: Batch, epoch: Any) -> Any:
         model = nnx.merge(graph, params, rest, copy=True)
-        loss, metrics = model.objective(
-            dense_on_device(batch), **{name: schedule(epoch) for name, schedule in schedules.items()}
-        )
+        data = dense_on_device(batch, keep=getattr(model, "sparse_keys", frozenset()))
+        loss, metrics = model.objective(data, **{name: schedule(epoch) for name, schedule in schedules.items()})
         return loss, ({"loss": loss, **metrics}, split(model)[2])
 
     def step(carry: Carry, batch: Batch, epoch: Any) -> Carry:
         (loss, (metrics, rest)), grads = jax.value_and_grad(
             lambda p: loss_of(graph_train, p, carry.rest, batch, epoch), has_aux=True
         )(carry.params)
-        updates, opt_state = optimizer.update(grads, carry.opt_state, carry.params)
-        good = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        good = jnp.isfinite(loss) & _all_finite(grads)
 
-        def kept(new: Any, old: Any) -> Any:  # a bad step changes nothing but the random streams
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b) if _is_float(a) else a, new, old)
+        def updated() -> Any:
+            updates, opt_state = optimizer.update(grads, carry.opt_state, carry.params)
+            return jax.tree.map(jnp.add, carry.params, updates), opt_state
 
+        # a bad step changes nothing but the random streams
+        params, opt_state = jax.lax.cond(good, updated, lambda: (carry.params, carry.opt_state))
+        rest = jax.tree.map(lambda new, old: jnp.where(good, new, old) if _is_float(new) else new, rest, carry.rest)
         counted = {**metrics, "good_steps": 1.0, "skipped_steps": 0.0}
         skipped = {**dict.fromkeys(metrics, 0.0), "good_steps": 0.0, "skipped_steps": 1.0}
         sums = {k: carry.sums[k] + jnp.where(good, counted[k], skipped[k]) for k in carry.sums}
-        return Carry(
-            params=jax.tree.map(lambda p, u: jnp.where(good, p + u, p), carry.params, updates),
-            rest=kept(rest, carry.rest),
-            opt_state=jax.tree.map(lambda a, b: jnp.where(good, a, b), opt_state, carry.opt_state),
-            sums=sums,
-            bad_run=jnp.where(good, 0, carry.bad_run + 1),
-        )
+        return Carry(params, rest, opt_state, sums, bad_run=jnp.where(good, 0, carry.bad_run + 1))
 
     def evaluate(params: Any, rest: Any, batch: Batch, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
         _, (metrics, _) = loss_of(graph_eval, params, rest, batch, jnp.inf)
@@ -318,9 +314,11 @@ def batch_of(source: Source, rows: np.ndarray) -> Batch:
     return taken
 
 
-def dense_on_device(batch: Batch) -> dict[str, jax.Array]:
-    """Makes sparse entries of a batch dense; inside jit this is a scatter on the device."""
-    return {k: v.dense() if hasattr(v, "dense") else jnp.asarray(v) for k, v in batch.items()}
+def dense_on_device(batch: Batch, *, keep: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Makes sparse entries of a batch dense, except those to `keep`; inside jit a scatter on the device."""
+    return {
+        k: (v if k in keep else v.dense()) if hasattr(v, "dense") else jnp.asarray(v) for k, v in batch.items()
+    }
 
 
 def store(path: str | Path, carry: Carry, best: Any, clock: Clock, identity: dict[str, Any]) -> None:
@@ -424,6 +422,12 @@ def _identity(model: Any, source: Source, settings: Settings, n: int) -> dict[st
         "settings": {**settings_used, "batch_size": n},
         "versions": f"jax {jax.__version__}",
     }
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    # sums over one axis at a time: XLA turns a sum over both into windows, ten times as slow on a CPU
+    rows = [jax.lax.optimization_barrier(x.sum(0) if x.ndim else x) for x in jax.tree.leaves(tree)]
+    return jnp.isfinite(sum((x.sum() for x in rows), start=jnp.zeros(())))
 
 
 def _is_float(x: Any) -> bool:

@@ -10,8 +10,10 @@ from diffbio.math.distributions import (
     log_factorial,
     log_rising,
     nb_log_prob,
+    nb_log_prob_of_zero,
     poisson_log_prob,
     zinb_log_prob,
+    zinb_log_prob_of_zero,
 )
 
 # float32: 1e-5 relative to the log-probability, plus the rounding of x * log_mu itself
@@ -134,3 +136,25 @@ def test_gaussian_kl():
     sampled = np.mean(stats.norm.logpdf(z, mean, sd) - stats.norm.logpdf(z))
     got = gaussian_kl(jnp.full((1, 1), mean), jnp.full((1, 1), 2 * np.log(sd)))
     np.testing.assert_allclose(got, sampled, rtol=0.01)  # 400,000 samples
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_log_probabilities_of_zero_are_those_of_the_distributions_at_zero(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        _, log_mu, log_theta, pi = (jnp.asarray(a, dtype) for a in grid())
+        zero = jnp.zeros_like(log_mu)
+        cases = [
+            (nb_log_prob_of_zero, lambda *p: nb_log_prob(zero, *p), (log_mu, log_theta)),
+            (zinb_log_prob_of_zero, lambda *p: zinb_log_prob(zero, *p), (log_mu, log_theta, pi)),
+        ]
+        for cheap, full, parameters in cases:
+            rtol = 1e-5 if dtype == "float32" else 1e-12
+            np.testing.assert_allclose(cheap(*parameters), full(*parameters), rtol=rtol, atol=rtol / 10)
+            slopes = [
+                jax.grad(lambda *p, f=f: f(*p).sum(), argnums=tuple(range(len(parameters))))(*parameters)
+                for f in (cheap, full)
+            ]
+            for ours, theirs in zip(*slopes, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol / 10)
+            if dtype == "float64":
+                check_grads(lambda *p, f=cheap: f(*map(jnp.asarray, p)), parameters, order=1, modes=["rev"], rtol=1e-5)

@@ -1,6 +1,7 @@
 """Sparse batches become the dense ones they stand for."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
@@ -37,3 +38,25 @@ def test_full_rows_repeated_come_dense():
 def test_empty_matrix():
     batch = ArraySource({"counts": sparse.csr_array((4, 5), dtype=np.float32)}).take_sparse(np.arange(3))["counts"]
     np.testing.assert_array_equal(batch.dense(), np.zeros((3, 5)))
+
+
+def test_values_at_entries_and_row_sums_leave_the_padding_out():
+    rng = np.random.default_rng(1)
+    rows = np.array([2, 5, 9])
+    batch = ArraySource({"counts": MATRIX}).take_sparse(rows)["counts"]
+    assert len(batch.values) > MATRIX[rows].nnz  # there is padding
+    dense, per_column = rng.normal(size=(3, 11)), rng.normal(size=11)
+    there = MATRIX[rows].toarray() != 0
+    np.testing.assert_allclose(batch.row_sums(batch.at_entries(jnp.asarray(dense))), (dense * there).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(batch.row_sums(batch.at_entries(jnp.asarray(per_column))), there @ per_column, rtol=1e-5)
+    assert batch.at_entries(jnp.float32(3.0)) == 3.0
+    np.testing.assert_allclose(batch.map(jnp.sqrt).dense(), np.sqrt(MATRIX[rows].toarray()), rtol=1e-6)
+
+
+def test_fuller_batches_than_usual_stay_sparse():
+    lengths = np.r_[np.full(500, 2), np.full(500, 40)]
+    matrix = sparse.csr_array(np.arange(50) < lengths[:, None], dtype=np.float32)
+    source = ArraySource({"counts": matrix})
+    usual, full = (source.take_sparse(rows)["counts"] for rows in (np.arange(0, 1000, 8), np.arange(800, 925)))
+    assert len(usual.values) < len(full.values)
+    np.testing.assert_array_equal(full.dense(), matrix[800:925].toarray())

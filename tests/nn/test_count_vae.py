@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import sparse
 
+from diffbio.data.source import ArraySource
 from diffbio.errors import DataError
 from diffbio.math.distributions import gaussian_kl, nb_log_prob, zinb_log_prob
 from diffbio.nn.count_vae import CountVAE, count_log_prob, log_positive, moments, one_hot_batch
@@ -105,3 +107,24 @@ def test_moments_recover_the_parameters_of_an_nb_without_cell_types():
     model = CountVAE(4, 2, hidden_dims=(8,), rngs=nnx.Rngs(0))
     model.start_from(counts, library)
     np.testing.assert_allclose(jax.nn.softmax(model.decoder.fraction.bias[...]), found, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "gene-group", "gene-cell"])
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
+def test_sparse_counts_give_the_loss_and_gradients_of_dense_ones(likelihood, dispersion):
+    counts = sparse.csr_array(np.random.default_rng(0).poisson(0.4, (20, 9)).astype(np.float32))
+    rows = np.arange(3, 15)
+    entries = ArraySource({"counts": counts}).take_sparse(rows)["counts"]
+    dense = jnp.asarray(counts[rows].toarray())
+    batch = jax.nn.one_hot(rows % 2, 2)
+    vae = CountVAE(
+        9, 3, hidden_dims=(7,), likelihood=likelihood, n_batches=2, dispersion=dispersion, rngs=nnx.Rngs(0)
+    )
+    graph, params, rest = nnx.split(vae, nnx.Param, ...)
+
+    def loss(params, x):
+        return sum(part.sum() for part in nnx.merge(graph, params, rest).loss(x, dense.sum(-1), batch))
+
+    results = [jax.value_and_grad(loss)(params, x) for x in (dense, entries)]
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

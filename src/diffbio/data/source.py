@@ -301,7 +301,7 @@ class ArraySource:
         self.cells, self.constants, self.n_cells = in_memory(cells, constants or {})
         self.keys = (*self.cells, *self.constants)
         self.categories = {key: tuple(names) for key, names in (categories or {}).items()}
-        self._capacities: dict[tuple[str, int], int] = {}
+        self._known_rooms: dict[tuple[str, int], tuple[int, ...]] = {}
 
     @property
     def nbytes_in_memory(self) -> int:
@@ -315,31 +315,36 @@ class ArraySource:
     def take_sparse(self, rows: NDArray[np.integer]) -> dict[str, Any]:
         """Return as `take` does, but sparse matrices as `SparseRows`, for a program that makes them dense.
 
-        Batches of one length have one shape, with room for the fullest rows of the whole matrix, so that one
-        program serves them all. A batch that repeats full rows beyond that room comes dense.
+        Batches of one length have one shape, with room for what a random batch holds at most, so that one
+        program serves them. Fuller ones (rows of a like depth in a row) get room for the fullest rows of the
+        matrix; a batch that repeats those beyond that comes dense.
         """
         from ..math.sparse import sparse_rows
 
         batch: dict[str, Any] = dict(self.constants)
         for key, value in self.cells.items():
-            room = self._capacity(key, len(rows)) if isinstance(value, sparse.csr_array) else 0
-            if room and np.diff(value.indptr)[rows].sum() <= room:
-                batch[key] = sparse_rows(value, rows, room)
-            else:
-                batch[key] = rows_of(key, value, rows)
+            rooms = self._rooms(key, len(rows)) if isinstance(value, sparse.csr_array) else ()
+            entries = int((value.indptr[rows + 1] - value.indptr[rows]).sum()) if rooms else 0
+            room = next((room for room in rooms if entries <= room), 0)
+            batch[key] = sparse_rows(value, rows, room) if room else rows_of(key, value, rows)
         return batch
 
     def column(self, key: str) -> NDArray[Any]:
         """Return a per-cell array whole, such as `batch_labels`."""
         return rows_of(key, self.cells[key], np.arange(self.n_cells))
 
-    def _capacity(self, key: str, n_rows: int) -> int:
-        """Return the entries of the `n_rows` fullest rows; 0 where int32 positions would overflow."""
-        if (key, n_rows) not in self._capacities:
+    def _rooms(self, key: str, n_rows: int) -> tuple[int, ...]:
+        """Return entries of `n_rows` rows: 6 standard errors above the mean, and of the fullest rows.
+
+        Empty where int32 positions would overflow.
+        """
+        if (key, n_rows) not in self._known_rooms:
             lengths = np.sort(np.diff(self.cells[key].indptr))[::-1]
             fits = n_rows * self.cells[key].shape[1] < 2**31
-            self._capacities[key, n_rows] = max(1, int(lengths[:n_rows].sum())) if fits else 0
-        return self._capacities[key, n_rows]
+            most = max(1, int(lengths[:n_rows].sum()))
+            usual = int(n_rows * lengths.mean() + 6 * lengths.std() * n_rows**0.5) + 1 if lengths.size else 1
+            self._known_rooms[key, n_rows] = (min(usual, most), most) if fits else ()
+        return self._known_rooms[key, n_rows]
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:
         """Return a random permutation of `rows`."""

@@ -1,6 +1,7 @@
 """Rows of a sparse matrix on their way to the device, where they become dense."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,22 @@ class SparseRows:
         rows, columns = self.shape
         flat = jnp.zeros(rows * columns, self.values.dtype)
         return flat.at[self.index].set(self.values, mode="drop").reshape(rows, columns)
+
+    def map(self, function: Callable[[jax.Array], jax.Array]) -> "SparseRows":
+        """The same positions with `function` of the values; it must keep 0 at 0."""
+        return dataclasses.replace(self, values=function(self.values))
+
+    def at_entries(self, array: jax.Array) -> jax.Array:
+        """The values of a dense (rows, columns) or (columns,) array at the entries' positions; () as it is."""
+        if array.ndim == 0:
+            return array
+        index = self.index % self.shape[1] if array.ndim == 1 else self.index
+        return array.reshape(-1).at[index].get(mode="clip", indices_are_sorted=array.ndim == 2)
+
+    def row_sums(self, values: jax.Array) -> jax.Array:
+        """Sums of values at the entries over each row, (rows,); those of the padding are left out."""
+        rows, columns = self.shape
+        return jax.ops.segment_sum(values, self.index // columns, rows, indices_are_sorted=True)
 
 
 def sparse_rows(matrix: sparse.csr_array, rows: np.ndarray, capacity: int) -> SparseRows:

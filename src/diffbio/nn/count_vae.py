@@ -6,6 +6,7 @@ with q(z | x) a Gaussian whose mean and variance a network reads off log(1 + x).
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..errors import DataError
-from ..math.distributions import gaussian_kl, nb_log_prob, poisson_log_prob, zinb_log_prob
+from ..math.distributions import (
+    gaussian_kl,
+    nb_log_prob,
+    nb_log_prob_of_zero,
+    poisson_log_prob,
+    zinb_log_prob,
+    zinb_log_prob_of_zero,
+)
+from ..math.sparse import SparseRows
 from .mlp import MLP
 
 LIKELIHOODS = ("zinb", "nb", "poisson")
@@ -131,7 +140,8 @@ class Decoder(nnx.Module):
     ) -> CountDistribution:
         """Decodes. groups: one row of weights (one-hot) for the dispersion 'gene-group'."""
         h = self.network(z, covariates)
-        log_fraction = jax.nn.log_softmax(self.fraction(h), axis=-1)
+        # the barrier keeps XLA from fusing the matrix product with the softmax's maximum, which runs it twice
+        log_fraction = jax.nn.log_softmax(jax.lax.optimization_barrier(self.fraction(h)), axis=-1)
         none = jnp.asarray(NO_EXTRA_ZEROS, h.dtype)
         pi_logit = none if self.extra_zeros is None else self.extra_zeros(h)
         return CountDistribution(log_fraction + log_library[:, None], self._log_theta(h, groups), pi_logit)
@@ -208,10 +218,11 @@ class CountVAE(nnx.Module):
         )
 
     def encode(
-        self, counts: Float[Array, "cells genes"], batch: Float[Array, "cells batches"] | None = None
+        self, counts: Float[Array, "cells genes"] | SparseRows, batch: Float[Array, "cells batches"] | None = None
     ) -> Gaussian:
         """q(z | counts, batch)."""
-        return self.encoder(jnp.log1p(counts), batch if self.encode_batch else None)
+        x = counts.map(jnp.log1p).dense() if isinstance(counts, SparseRows) else jnp.log1p(counts)
+        return self.encoder(x, batch if self.encode_batch else None)
 
     def decode(
         self,
@@ -225,11 +236,14 @@ class CountVAE(nnx.Module):
 
     def loss(
         self,
-        counts: Float[Array, "cells genes"],
+        counts: Float[Array, "cells genes"] | SparseRows,
         library: Float[Array, "cells"],
         batch: Float[Array, "cells batches"] | None = None,
     ) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
-        """-log p(counts | z) and KL(q(z | counts) || N(0, I)) of every cell, in nats; their sum: -ELBO."""
+        """-log p(counts | z) and KL(q(z | counts) || N(0, I)) of every cell, in nats; their sum: -ELBO.
+
+        Sparse counts cost less, and have no gradient by the counts where these are 0.
+        """
         q = self.encode(counts, batch)
         p = self.decode(self.sample(q), log_positive(library), batch)
         return -count_log_prob(self.decoder.likelihood, counts, p), gaussian_kl(q.mean, q.logvar)
@@ -243,14 +257,26 @@ class CountVAE(nnx.Module):
 
 
 def count_log_prob(
-    likelihood: str, counts: Float[Array, "cells genes"], p: CountDistribution
+    likelihood: str, counts: Float[Array, "cells genes"] | SparseRows, p: CountDistribution
 ) -> Float[Array, "cells"]:
-    """Log p(counts) of every cell, summed over genes. likelihood: 'zinb' | 'nb' | 'poisson'."""
-    if likelihood == "poisson":
-        return poisson_log_prob(counts, p.log_rate).sum(-1)
-    if likelihood == "nb":
-        return nb_log_prob(counts, p.log_rate, p.log_theta).sum(-1)
-    return zinb_log_prob(counts, p.log_rate, p.log_theta, p.pi_logit).sum(-1)
+    """Log p(counts) of every cell, summed over genes. likelihood: 'zinb' | 'nb' | 'poisson'.
+
+    Of sparse counts, all genes are taken as 0 in one cheap pass, and the difference is added where they are not.
+    """
+    parameters = {"poisson": p[:1], "nb": p[:2], "zinb": p}[likelihood]
+    log_prob, of_zero = LOG_PROBS[likelihood]
+    if not isinstance(counts, SparseRows):
+        return log_prob(counts, *parameters).sum(-1)
+    zeros = of_zero(*parameters)
+    there = [counts.at_entries(x) for x in parameters]
+    return zeros.sum(-1) + counts.row_sums(log_prob(counts.values, *there) - of_zero(*there))
+
+
+LOG_PROBS: dict[str, tuple[Callable[..., jax.Array], Callable[..., jax.Array]]] = {
+    "zinb": (zinb_log_prob, zinb_log_prob_of_zero),
+    "nb": (nb_log_prob, nb_log_prob_of_zero),
+    "poisson": (poisson_log_prob, lambda log_rate: -jnp.exp(log_rate)),
+}
 
 
 def log_positive(library: Float[Array, "cells"]) -> Float[Array, "cells"]:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 from .. import storage
 from ..errors import ConfigError, DataError, MissingKeyError, ModelFileError
+from ..math.sparse import SparseRows
 
 REGISTRY: dict[str, type[Operator]] = {}
 
@@ -111,6 +112,7 @@ class Operator(nnx.Module):
     smooth_in: ClassVar[list[str]]
     smooth_out: ClassVar[list[str]]
     init_cells: ClassVar[int | None] = None  # how many cells init_from wants to see at most; None: all
+    sparse_keys: ClassVar[frozenset[str]] = frozenset()  # inputs that `objective` takes as `SparseRows` too
     fit_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of diffbio.fit that suit the method
 
     if typing.TYPE_CHECKING:
@@ -260,7 +262,7 @@ class Operator(nnx.Module):
             has = ", ".join(sorted(data)) or "nothing"
             msg = f"{type(self).__name__} needs data[{key!r}], {say(wanted)}; data has {has}."
             raise MissingKeyError(msg)
-        value = data[key]
+        value = data[key].dense() if isinstance(data[key], SparseRows) else data[key]
         try:
             array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         except (TypeError, ValueError) as error:

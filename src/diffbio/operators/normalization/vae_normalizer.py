@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...errors import DataError
+from ...math.sparse import SparseRows
 from ...nn.count_vae import CountVAE, log_positive, one_hot_batch
 from ..base import Config, Data, Operator, fraction, one_of, positive
 
@@ -63,6 +64,7 @@ class VAENormalizer(Operator):
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 400, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
     }
+    sparse_keys = frozenset({"counts"})
     schedules: ClassVar[Mapping[str, Any]] = {"kl_weight": lambda epoch: jnp.minimum(1.0, (epoch + 1) / 50)}
 
     def __init__(self, config: VAENormalizerConfig, *, rngs: nnx.Rngs) -> None:
@@ -117,7 +119,8 @@ class VAENormalizer(Operator):
             msg = f"VAENormalizer: n_batches is {n_batches}, but data has no 'batch_labels' to train with."
             raise DataError(msg)
         library = inputs.get("library_size", counts.sum(-1))
-        reconstruction, kl = self.vae.loss(counts, library, self._batch(labels))
+        given = data["counts"] if isinstance(data["counts"], SparseRows) else counts
+        reconstruction, kl = self.vae.loss(given, library, self._batch(labels))
         metrics = {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
         return metrics["reconstruction"] + kl_weight * metrics["kl"], metrics
 

@@ -114,7 +114,7 @@ def test_moments_recover_the_parameters_of_an_nb_without_cell_types():
 def test_sparse_counts_give_the_loss_and_gradients_of_dense_ones(likelihood, dispersion):
     counts = sparse.csr_array(np.random.default_rng(0).poisson(0.4, (20, 9)).astype(np.float32))
     rows = np.arange(3, 15)
-    entries = ArraySource({"counts": counts}).take_sparse(rows)["counts"]
+    entries = jax.device_put(ArraySource({"counts": counts}).take_sparse(rows)["counts"])
     dense = jnp.asarray(counts[rows].toarray())
     batch = jax.nn.one_hot(rows % 2, 2)
     vae = CountVAE(

@@ -57,27 +57,27 @@ def test_samples_have_the_encoders_mean_and_variance_in_train_mode():
 
 @pytest.mark.parametrize("dispersion", ["gene", "gene-group", "gene-cell"])
 def test_dispersion(dispersion):
-    model = vae(dispersion=dispersion, n_batches=3)
+    model = vae(dispersion=dispersion, n_injected=3, n_groups=3)
     batch = one_hot_batch(jnp.array([0, 1, 2] * 3), 3, who="test")
     if dispersion == "gene-group":
         model.decoder.log_theta[...] = jnp.arange(18.0).reshape(3, 6)
-        theta = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch).log_theta
+        theta = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch, groups=batch).log_theta
         np.testing.assert_array_equal(theta[:3], jnp.arange(18.0).reshape(3, 6))
-        unknown = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), jnp.zeros((9, 3))).log_theta
+        unknown = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch, groups=jnp.zeros((9, 3))).log_theta
         np.testing.assert_allclose(unknown[0], jnp.arange(18.0).reshape(3, 6).mean(0))
-    theta = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch).log_theta
+    theta = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch, groups=batch).log_theta
     assert theta.shape == ((6,) if dispersion == "gene" else (9, 6))
     assert jnp.isfinite(model.loss(COUNTS, LIBRARY, batch)[0]).all()
 
 
 def test_batch_reaches_the_decoder_and_not_the_encoder():
-    model = vae(n_batches=2)
+    model = vae(n_injected=2)
     one, two = (jax.nn.one_hot(jnp.full(9, b), 2) for b in (0, 1))
     np.testing.assert_array_equal(model.encode(COUNTS, one).mean, model.encode(COUNTS, two).mean)
     z = model.encode(COUNTS).mean
     rates = [model.decode(z, jnp.zeros(9), batch).log_rate for batch in (one, two)]
     assert jnp.abs(rates[0] - rates[1]).max() > 0
-    both = vae(n_batches=2, encode_batch=True)
+    both = vae(n_injected=2, encode_covariates=True)
     assert jnp.abs(both.encode(COUNTS, one).mean - both.encode(COUNTS, two).mean).max() > 0
 
 
@@ -118,7 +118,7 @@ def test_sparse_counts_give_the_loss_and_gradients_of_dense_ones(likelihood, dis
     dense = jnp.asarray(counts[rows].toarray())
     batch = jax.nn.one_hot(rows % 2, 2)
     vae = CountVAE(
-        9, 3, hidden_dims=(7,), likelihood=likelihood, n_batches=2, dispersion=dispersion, rngs=nnx.Rngs(0)
+        9, 3, hidden_dims=(7,), likelihood=likelihood, n_injected=2, n_groups=2, dispersion=dispersion, rngs=nnx.Rngs(0)
     )
     graph, params, rest = nnx.split(vae, nnx.Param, ...)
 
@@ -128,3 +128,25 @@ def test_sparse_counts_give_the_loss_and_gradients_of_dense_ones(likelihood, dis
     results = [jax.value_and_grad(loss)(params, x) for x in (dense, entries)]
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_continuous_covariates_reach_the_decoder_and_on_request_the_encoders():
+    one, two = jnp.zeros((9, 2)), jnp.ones((9, 2))
+    model = vae(n_continuous=2)
+    z = model.encode(COUNTS, None, one).mean
+    np.testing.assert_array_equal(z, model.encode(COUNTS, None, two).mean)
+    rates = [model.decode(z, jnp.zeros(9), None, extra).log_rate for extra in (one, two)]
+    assert jnp.abs(rates[0] - rates[1]).max() > 0
+    both = vae(n_continuous=2, encode_covariates=True)
+    assert jnp.abs(both.encode(COUNTS, None, one).mean - both.encode(COUNTS, None, two).mean).max() > 0
+
+
+def test_softplus_scale_is_that_of_the_head_also_far_below_zero():
+    model = vae(scale="softplus")
+    model.decoder.fraction.bias[...] = jnp.linspace(-200.0, 20.0, 6)
+    model.decoder.fraction.kernel[...] = jnp.zeros((8, 6))
+    log_rate = model.decode(jnp.zeros((9, 2)), jnp.zeros(9)).log_rate[0]
+    expected = np.log(np.logaddexp(0, np.linspace(-200, 20, 6, dtype=np.longdouble)))
+    np.testing.assert_allclose(log_rate, expected, rtol=1e-5)
+    slopes = jax.grad(lambda z: model.decode(z, jnp.zeros(9)).log_rate.sum())(jnp.ones((9, 2)))
+    assert jnp.isfinite(slopes).all()

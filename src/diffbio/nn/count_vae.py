@@ -55,7 +55,7 @@ class CountDistribution(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """q(. | x) = N(mean(h), exp(logvar(h))) with h a network of x."""
+    """q(. | x) = N(mean(h), least_variance + exp(logvar(h))) with h a network of x."""
 
     def __init__(
         self,
@@ -66,8 +66,10 @@ class Encoder(nnx.Module):
         n_covariates: int = 0,
         deep: bool = True,
         dropout_rate: float = 0.0,
+        least_variance: float = LEAST_VARIANCE,
         rngs: nnx.Rngs,
     ) -> None:
+        self.least_variance = least_variance
         self.network = MLP(
             n_inputs, hidden_dims, n_covariates=n_covariates, deep=deep, dropout_rate=dropout_rate, rngs=rngs
         )
@@ -79,8 +81,10 @@ class Encoder(nnx.Module):
     ) -> Gaussian:
         """Mean and log variance for every cell."""
         h = self.network(x, covariates)
-        floor = jnp.asarray(math.log(LEAST_VARIANCE), h.dtype)
-        return Gaussian(self.mean(h), jnp.logaddexp(self.logvar(h), floor))
+        logvar = self.logvar(h)
+        if self.least_variance > 0:
+            logvar = jnp.logaddexp(logvar, jnp.asarray(math.log(self.least_variance), h.dtype))
+        return Gaussian(self.mean(h), logvar)
 
 
 class GaussianSample(nnx.Module):
@@ -102,6 +106,7 @@ class Decoder(nnx.Module):
 
     likelihood: 'zinb' | 'nb' | 'poisson'.
     dispersion: of theta: 'gene', 'gene-group' (a row for each of n_groups batches or labels), 'gene-cell'.
+    scale: 'softmax', or 'softplus' for rates of a given size factor, whose rows need not sum to 1.
     """
 
     def __init__(
@@ -115,10 +120,12 @@ class Decoder(nnx.Module):
         likelihood: str = "zinb",
         dispersion: str = "gene",
         n_groups: int = 1,
+        scale: str = "softmax",
         rngs: nnx.Rngs,
     ) -> None:
         self.likelihood = likelihood
         self.dispersion = dispersion
+        self.scale = scale
         self.network = MLP(latent_dim, hidden_dims, n_covariates=n_covariates, deep=deep, rngs=rngs)
 
         def head() -> nnx.Linear:
@@ -141,7 +148,8 @@ class Decoder(nnx.Module):
         """Decodes. groups: one row of weights (one-hot) for the dispersion 'gene-group'."""
         h = self.network(z, covariates)
         # the barrier keeps XLA from fusing the matrix product with the softmax's maximum, which runs it twice
-        log_fraction = jax.nn.log_softmax(jax.lax.optimization_barrier(self.fraction(h)), axis=-1)
+        scores = jax.lax.optimization_barrier(self.fraction(h))
+        log_fraction = jax.nn.log_softmax(scores, axis=-1) if self.scale == "softmax" else _log_softplus(scores)
         none = jnp.asarray(NO_EXTRA_ZEROS, h.dtype)
         pi_logit = none if self.extra_zeros is None else self.extra_zeros(h)
         return CountDistribution(log_fraction + log_library[:, None], self._log_theta(h, groups), pi_logit)
@@ -170,16 +178,20 @@ class Decoder(nnx.Module):
 
 
 class CountVAE(nnx.Module):
-    """A variational autoencoder of counts with observed library size. Born in eval mode.
+    """A variational autoencoder of counts. Born in eval mode.
 
     n_genes: width of the counts.
     latent_dim: width of z.
     hidden_dims: of the encoder; the decoder has them in reverse.
     likelihood: 'zinb' | 'nb' | 'poisson'.
-    n_batches: more than one injects the batch into every decoder layer.
-    encode_batch: also into the encoder.
-    dispersion: 'gene', 'gene-group' (a row per batch) or 'gene-cell'.
-    dropout_rate: in the encoder.
+    n_injected: width of what every decoder layer is told beside z: batch and other categories, one-hot.
+    n_continuous: width of what the decoder is told beside z in its first layer: continuous covariates.
+    encode_covariates: tell the encoder, too.
+    dispersion: 'gene', 'gene-group' (a row for each of n_groups) or 'gene-cell'.
+    observed_library: the library size is data; otherwise it is a second latent variable with its own encoder.
+    log_counts: the encoders read log(1 + counts), not the counts.
+    scale: 'softmax', or 'softplus' where the library is a size factor.
+    dropout_rate: in the encoders.
     """
 
     def __init__(
@@ -189,63 +201,88 @@ class CountVAE(nnx.Module):
         *,
         hidden_dims: tuple[int, ...],
         likelihood: str = "zinb",
-        n_batches: int = 1,
-        encode_batch: bool = False,
+        n_injected: int = 0,
+        n_continuous: int = 0,
+        encode_covariates: bool = False,
         dispersion: str = "gene",
+        n_groups: int = 1,
+        observed_library: bool = True,
+        log_counts: bool = True,
+        scale: str = "softmax",
         dropout_rate: float = 0.1,
         rngs: nnx.Rngs,
     ) -> None:
-        n_covariates = n_batches if n_batches > 1 else 0
-        self.encode_batch = encode_batch
-        self.encoder = Encoder(
-            n_genes,
-            latent_dim,
-            hidden_dims=hidden_dims,
-            n_covariates=n_covariates if encode_batch else 0,
-            dropout_rate=dropout_rate,
-            rngs=rngs,
-        )
+        self.encode_covariates = encode_covariates
+        self.log_counts = log_counts
+        n_read = n_genes + (n_continuous if encode_covariates else 0)
+
+        def encoder(width: int, hidden_dims: tuple[int, ...]) -> Encoder:
+            n_covariates = n_injected if encode_covariates else 0
+            return Encoder(
+                n_read, width, hidden_dims=hidden_dims, n_covariates=n_covariates, dropout_rate=dropout_rate, rngs=rngs
+            )
+
+        self.encoder = encoder(latent_dim, hidden_dims)
+        self.library_encoder = nnx.data(None if observed_library else encoder(1, hidden_dims[:1]))
         self.sample = GaussianSample(rngs=rngs)
         self.decoder = Decoder(
-            latent_dim,
+            latent_dim + n_continuous,
             n_genes,
             hidden_dims=hidden_dims[::-1],
-            n_covariates=n_covariates,
+            n_covariates=n_injected,
             likelihood=likelihood,
             dispersion=dispersion,
-            n_groups=n_batches,
+            n_groups=n_groups,
+            scale=scale,
             rngs=rngs,
         )
 
     def encode(
-        self, counts: Float[Array, "cells genes"] | SparseRows, batch: Float[Array, "cells batches"] | None = None
+        self,
+        counts: Float[Array, "cells genes"] | SparseRows,
+        injected: Float[Array, "cells injected"] | None = None,
+        continuous: Float[Array, "cells continuous"] | None = None,
     ) -> Gaussian:
-        """q(z | counts, batch)."""
-        x = counts.map(jnp.log1p).dense() if isinstance(counts, SparseRows) else jnp.log1p(counts)
-        return self.encoder(x, batch if self.encode_batch else None)
+        """q(z | counts, covariates)."""
+        return self.encoder(*self._read(counts, injected, continuous))
+
+    def encode_library(
+        self,
+        counts: Float[Array, "cells genes"] | SparseRows,
+        injected: Float[Array, "cells injected"] | None = None,
+        continuous: Float[Array, "cells continuous"] | None = None,
+    ) -> Gaussian:
+        """q(log library | counts, covariates), (cells, 1); only without an observed library."""
+        assert self.library_encoder is not None
+        return self.library_encoder(*self._read(counts, injected, continuous))
 
     def decode(
         self,
         z: Float[Array, "cells latent"],
         log_library: Float[Array, "cells"],
-        batch: Float[Array, "cells batches"] | None = None,
+        injected: Float[Array, "cells injected"] | None = None,
+        continuous: Float[Array, "cells continuous"] | None = None,
+        groups: Float[Array, "cells groups"] | None = None,
     ) -> CountDistribution:
-        """p(counts | z, library, batch); without a batch, as if no batch had an effect."""
-        wide = batch if self.decoder.network.n_covariates else None
-        return self.decoder(z, log_library, wide, batch)
+        """p(counts | z, library, covariates); without `injected`, as if no category had an effect.
+
+        groups: rows of weights (one-hot) over the groups of the dispersion.
+        """
+        z = z if continuous is None else jnp.concatenate([z, continuous.astype(z.dtype)], axis=-1)
+        return self.decoder(z, log_library, injected, groups)
 
     def loss(
         self,
         counts: Float[Array, "cells genes"] | SparseRows,
         library: Float[Array, "cells"],
-        batch: Float[Array, "cells batches"] | None = None,
+        injected: Float[Array, "cells injected"] | None = None,
     ) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
         """-log p(counts | z) and KL(q(z | counts) || N(0, I)) of every cell, in nats; their sum: -ELBO.
 
-        Sparse counts cost less, and have no gradient by the counts where these are 0.
+        The library is observed. Sparse counts cost less, and have no gradient by the counts where these are 0.
         """
-        q = self.encode(counts, batch)
-        p = self.decode(self.sample(q), log_positive(library), batch)
+        q = self.encode(counts, injected)
+        p = self.decode(self.sample(q), log_positive(library), injected, groups=injected)
         return -count_log_prob(self.decoder.likelihood, counts, p), gaussian_kl(q.mean, q.logvar)
 
     def start_from(self, counts: np.ndarray, library: np.ndarray) -> None:
@@ -254,6 +291,24 @@ class CountVAE(nnx.Module):
         counts: (cells, genes) on the host. library: (cells,).
         """
         self.decoder.start_at(*moments(counts, library))
+
+    def _read(
+        self, counts: jax.Array | SparseRows, injected: jax.Array | None, continuous: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What an encoder reads: (log) counts beside continuous covariates, and what is injected."""
+        if isinstance(counts, SparseRows):
+            x = (counts.map(jnp.log1p) if self.log_counts else counts).dense()
+        else:
+            x = jnp.log1p(counts) if self.log_counts else counts
+        if not self.encode_covariates:
+            return x, None
+        return (x if continuous is None else jnp.concatenate([x, continuous.astype(x.dtype)], axis=-1)), injected
+
+
+def _log_softplus(x: jax.Array) -> jax.Array:
+    # log softplus(x) is x for very negative x, where softplus underflows
+    low = x < -15.0
+    return jnp.where(low, x, jnp.log(jax.nn.softplus(jnp.where(low, 0.0, x))))
 
 
 def count_log_prob(

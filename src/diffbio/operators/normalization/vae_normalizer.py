@@ -75,7 +75,7 @@ class VAENormalizer(Operator):
             config.latent_dim,
             hidden_dims=config.hidden_dims,
             likelihood=config.likelihood,
-            n_batches=config.n_batches,
+            n_injected=config.n_batches if config.n_batches > 1 else 0,
             dropout_rate=config.dropout_rate,
             rngs=rngs,
         )
@@ -131,7 +131,8 @@ class VAENormalizer(Operator):
         self.vae.start_from(counts, counts.sum(-1) if library is None else np.asarray(library))
 
     def _batch(self, labels: jax.Array | None) -> jax.Array | None:
-        return one_hot_batch(labels, self.config.n_batches, who="VAENormalizer")
+        batch = one_hot_batch(labels, self.config.n_batches, who="VAENormalizer")
+        return None if self.config.n_batches == 1 else batch
 
     @classmethod
     def examples(cls) -> dict[str, tuple["VAENormalizer", Data]]:

@@ -1,0 +1,310 @@
+"""SCANVI (Xu et al. 2021) as a module: SCVI whose prior of z depends on a cell type, known for some cells.
+
+c ~ Cat(y_prior), u ~ N(0, I), z ~ N(f_mean(u, c), f_var(u, c)), counts given z as in SCVI; and
+q(z, u, c | x) = q(z | x) q(c | z) q(u | z, c).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..errors import ConfigError
+from ..math.distributions import gaussian_kl
+from .count_vae import Encoder, Gaussian
+from .mlp import MLP
+from .scvi import SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
+
+LOG_2PI = 1.8378770664093453
+UNKNOWN_WEIGHT = 1e-6  # a row of label weights that sums to less than this is an unlabelled cell
+
+
+class Constant(nnx.Variable[jax.Array]):
+    """An array that is saved and not trained by gradients."""
+
+
+class Classifier(nnx.Module):
+    """Logits of the classes from a latent position.
+
+    n_layers: hidden layers; 0 is a linear classifier.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_classes: int,
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.network = MLP(n_input, (n_hidden,) * n_layers, dropout_rate=dropout_rate, rngs=rngs)
+        self.logits = nnx.Linear(self.network.n_outputs, n_classes, rngs=rngs)
+
+    def __call__(self, z: Float[Array, "cells latent"]) -> Float[Array, "cells classes"]:
+        """Unnormalised log probabilities."""
+        return self.logits(self.network(z))
+
+
+class Bound(NamedTuple):
+    """Parts of the negative evidence bound of every cell (cells,), in nats; their sum is the bound."""
+
+    reconstruction: jax.Array  # -log p(x | z)
+    position: jax.Array  # log q(z | x) - E log p(z | u, c)
+    kl: jax.Array  # KL(q(u | z, c) || N(0, I)) and what is paid for c
+
+
+class SCANVI(SCVI):
+    """SCVI with a cell type above z, trained on labelled and unlabelled cells together. Born in eval mode.
+
+    Arguments as of `SCVI`, and:
+    n_labels: number of cell types.
+    y_prior: their prior probabilities, (n_labels,) or (1, n_labels); None is uniform.
+    labels_groups: for each label the number of its group, 0 to the largest without a gap.
+    use_labels_groups: q(c | z) = q(group | z) q(c | group, z), with a classifier of the groups.
+    classifier_parameters: n_hidden, n_layers (0: linear), dropout_rate of the classifier, where they differ.
+
+    Raises:
+        ConfigError: an argument is out of range, or they contradict each other.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_batch: int = 0,
+        n_labels: int = 0,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        log_variational: bool = True,  # noqa: FBT001, FBT002 - the published signature
+        reconstruction_loss: str = "zinb",
+        y_prior: Any = None,
+        labels_groups: Sequence[int] | None = None,
+        use_labels_groups: bool = False,  # noqa: FBT001, FBT002 - the published signature
+        classifier_parameters: Mapping[str, Any] | None = None,
+        *,
+        rngs: nnx.Rngs,
+        **covariates: Any,
+    ) -> None:
+        super().__init__(
+            n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate, dispersion, log_variational,
+            reconstruction_loss, rngs=rngs, **covariates,
+        )
+        if n_labels < 1:
+            msg = f"SCANVI: n_labels must be at least 1, got {n_labels}."
+            raise ConfigError(msg)
+        groups = _checked_groups(labels_groups, n_labels, use_labels_groups)
+        self.labels_groups, self.use_labels_groups = groups, use_labels_groups
+        self.log_y_prior = Constant(_log_prior(y_prior, n_labels))
+        # divides the logits when classes are predicted; set on held-out labelled cells to calibrate
+        self.temperature = Constant(jnp.ones(()))
+        settings: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate}
+        if odd := set(classifier_parameters or {}) - set(settings):
+            msg = f"SCANVI: unknown classifier_parameters {sorted(odd)}; known are {', '.join(settings)}."
+            raise ConfigError(msg)
+        settings |= dict(classifier_parameters or {})
+        self.classifier = Classifier(n_latent, n_labels, rngs=rngs, **settings)
+        n_groups = max(groups) + 1 if groups else 0
+        self.classifier_groups = nnx.data(
+            Classifier(n_latent, n_groups, rngs=rngs, **settings) if use_labels_groups else None
+        )
+        hidden = (n_hidden,) * n_layers
+        self.encoder_z2_z1 = Encoder(
+            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, dropout_rate=dropout_rate, rngs=rngs
+        )
+        self.decoder_z1_z2 = Encoder(
+            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, least_variance=0.0, rngs=rngs
+        )
+
+    # -- the published interface -------------------------------------------------------------------------------
+
+    def classify(
+        self,
+        x: Counts,
+        *,
+        batch_index: Array | None = None,
+        cat_covs: Int[Array, "cells covariates"] | None = None,
+        cont_covs: Float[Array, "cells covariates"] | None = None,
+    ) -> Float[Array, "cells labels"]:
+        """Probabilities of the cell types from the mean of q(z | x): q(c | z) at the module's temperature.
+
+        Covariates are read by models with encode_covariates alone.
+        """
+        needed = self.vae.encode_covariates
+        known = self.covariates(batch_index, None, cat_covs, cont_covs, None, needed=needed)
+        z = self.vae.encode(x, known.injected, known.continuous).mean
+        return jnp.exp(self.log_class_probabilities(z, self.temperature[...]))
+
+    def get_latents(self, x: Counts, y: Array | None = None) -> list[jax.Array]:
+        """[z, u] of every cell: draws in train mode, means in eval mode; u given y, else the likeliest type."""
+        z = super().get_latents(x)[0]
+        if y is None:
+            y = jnp.argmax(self.log_class_probabilities(z), -1)
+        label = one_hot(y, self.n_labels, who="SCANVI", name="y")
+        return [z, draw_from(self.vae, self.encoder_z2_z1(z, label), None)]
+
+    def forward(
+        self,
+        x: Counts,
+        local_l_mean: Float[Array, "..."] | None = None,
+        local_l_var: Float[Array, "..."] | None = None,
+        batch_index: Array | None = None,
+        y: Array | None = None,
+        *,
+        cat_covs: Int[Array, "cells covariates"] | None = None,
+        cont_covs: Float[Array, "cells covariates"] | None = None,
+        size_factor: Float[Array, "cells"] | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Negative evidence bound of every cell in three parts, (cells,) each, in nats, by one draw.
+
+        The first holds -log p(x | z) and log q(z | x) - E log p(z | u, c), the second the KL divergences of u
+        and of the log library and what is paid for c, the third is 0.
+
+        y: cell types; a cell whose code is outside 0..n_labels-1 (or whose row of weights is 0) is unlabelled,
+            and c is summed over. None: all are.
+        The other arguments are those of `SCVI.forward`.
+        """
+        arguments = (batch_index, y, cat_covs, cont_covs, size_factor)
+        bound, drawn, _ = self.bound(x, arguments, key)
+        kl_library = self.kl_library(drawn, local_l_mean, local_l_var)
+        zero = jnp.zeros_like(bound.kl)
+        return bound.reconstruction + bound.position, bound.kl + kl_library, zero
+
+    # -- what training and the AnnData models call ---------------------------------------------------------------
+
+    def objective(
+        self,
+        data: Mapping[str, Any],
+        *,
+        kl_weight: jax.Array | float = 1.0,
+        classification_weight: jax.Array | float = 50.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The negative bound (KL terms weighted) and classification_weight * cross entropy of labelled cells.
+
+        data: as for SCVI, with `labels` (n_labels, or any code outside, for an unlabelled cell). The cross
+        entropy, of the classifier at the mean of q(z | x), is over `labelled_counts`, `labelled_labels` (and
+        `labelled_...` covariates) where these are given, else over the labelled cells of the batch.
+        """
+        found = forward_arguments(data)
+        prior = {name: found.pop(name, None) for name in ("local_l_mean", "local_l_var")}
+        given = tuple(found.get(name) for name in ("batch_index", "y", "cat_covs", "cont_covs", "size_factor"))
+        bound, drawn, known_weight = self.bound(data["counts"], given, None)
+        kl_library = self.kl_library(drawn, prior["local_l_mean"], prior["local_l_var"])
+        if "labelled_counts" in data:
+            own = {k.removeprefix("labelled_"): v for k, v in data.items() if k.startswith("labelled_")}
+            arguments = forward_arguments(own)
+            label = one_hot(own["labels"], self.n_labels, who="SCANVI", name="labels")
+            extra = (arguments.get("cat_covs"), arguments.get("cont_covs"))
+            known = self.covariates(arguments.get("batch_index"), None, *extra, None, needed=self.vae.encode_covariates)
+            mean, weight = self.vae.encode(own["counts"], known.injected, known.continuous).mean, label.sum(-1)
+        else:
+            label, weight, mean = self._labels(given[1], bound.kl.shape[0]), known_weight, drawn.q.mean
+        log_class = self.log_class_probabilities(mean)
+        n_labelled = jnp.maximum(weight.sum(), 1.0)
+        cross_entropy = -(label * log_class).sum() / n_labelled
+        right = (jnp.argmax(log_class, -1) == jnp.argmax(label, -1)) * weight
+        metrics = {
+            "reconstruction": bound.reconstruction.mean(),
+            "kl": (bound.position + bound.kl + kl_library).mean(),
+            "classification": cross_entropy,
+            "accuracy": right.sum() / n_labelled,
+        }
+        loss = (bound.reconstruction + bound.position + kl_weight * (bound.kl + kl_library)).mean()
+        return loss + classification_weight * cross_entropy, metrics
+
+    sparse_keys = frozenset({"counts", "labelled_counts"})
+
+    def bound(
+        self, x: Counts, arguments: tuple[Array | None, ...], key: jax.Array | None
+    ) -> tuple[Bound, Drawn, Float[Array, "cells"]]:
+        """The negative evidence bound of every cell, the draw it was taken at, and 1 for labelled cells.
+
+        For a labelled cell every term is that of its type, and -log y_prior of it is paid; otherwise terms are
+        averaged with q(c | z), and KL(q(c | z) || y_prior) is paid.
+        arguments: (batch_index, y, cat_covs, cont_covs, size_factor), as of `forward`.
+        """
+        for_z, for_u = two_keys(key)
+        batch_index, y, cat_covs, cont_covs, size_factor = arguments
+        known = self.covariates(batch_index, y, cat_covs, cont_covs, size_factor)
+        drawn = self.draw(x, known, for_z)
+        label = self._labels(y, drawn.z.shape[0])
+        is_labelled = (label.sum(-1) > UNKNOWN_WEIGHT).astype(label.dtype)
+        log_q = self.log_class_probabilities(drawn.z)
+        q = jnp.where(is_labelled[:, None] > 0, label, jnp.exp(log_q))
+        if self.dispersion == "gene-label":
+            known = known._replace(groups=q)
+        log_pz, kl_u = self.class_terms(drawn.z, for_u)
+        entropy = (1.0 - is_labelled) * (jnp.exp(log_q) * log_q).sum(-1)
+        bound = Bound(
+            reconstruction=-self.log_prob(x, self.decode(drawn, known)),
+            position=_log_normal(drawn.z, drawn.q) - (q * log_pz).sum(-1),
+            kl=(q * (kl_u - self.log_y_prior[...])).sum(-1) + entropy,
+        )
+        return bound, drawn, is_labelled
+
+    def class_terms(
+        self, z: Float[Array, "cells latent"], key: jax.Array | None
+    ) -> tuple[Float[Array, "cells labels"], Float[Array, "cells labels"]]:
+        """For every type: log p(z | u, c) at a draw of u, and KL(q(u | z, c) || N(0, I))."""
+        cells, n = z.shape[0], self.n_labels
+        z_wide = jnp.repeat(z, n, axis=0)
+        label = jnp.tile(jnp.eye(n, dtype=z.dtype), (cells, 1))
+        q = self.encoder_z2_z1(z_wide, label)
+        p = self.decoder_z1_z2(draw_from(self.vae, q, key), label)
+        return _log_normal(z_wide, p).reshape(cells, n), gaussian_kl(*q).reshape(cells, n)
+
+    def log_class_probabilities(
+        self, z: Float[Array, "cells latent"], temperature: jax.Array | float = 1.0
+    ) -> Float[Array, "cells labels"]:
+        """Log q(c | z); with groups, the types of a group share its probability."""
+        logits = self.classifier(z) / temperature
+        if self.classifier_groups is None:
+            return jax.nn.log_softmax(logits)
+        group = jnp.asarray(self.labels_groups)
+        log_group = jax.nn.log_softmax(self.classifier_groups(z) / temperature)
+        same = jax.nn.one_hot(group, log_group.shape[-1], dtype=bool)  # (labels, groups)
+        in_group = jax.nn.logsumexp(jnp.where(same.T[None], logits[:, None, :], -jnp.inf), axis=-1)
+        return logits - in_group[:, group] + log_group[:, group]
+
+    def _labels(self, y: Array | None, cells: int) -> Float[Array, "cells labels"]:
+        if y is None:
+            return jnp.zeros((cells, self.n_labels))
+        return one_hot(y, self.n_labels, who="SCANVI", name="y")
+
+
+def _log_normal(z: jax.Array, p: Gaussian) -> Float[Array, "cells"]:
+    return -0.5 * ((z - p.mean) ** 2 * jnp.exp(-p.logvar) + p.logvar + LOG_2PI).sum(-1)
+
+
+def _log_prior(y_prior: Any, n_labels: int) -> jax.Array:
+    if y_prior is None:
+        return jnp.full((n_labels,), -jnp.log(float(n_labels)))
+    prior = jnp.asarray(y_prior, float).reshape(-1)
+    if prior.shape != (n_labels,) or not bool((prior > 0).all()) or abs(float(prior.sum()) - 1) > 1e-3:
+        msg = f"SCANVI: y_prior must be {n_labels} probabilities above 0 that sum to 1, got {y_prior!r}."
+        raise ConfigError(msg)
+    return jnp.log(prior / prior.sum())
+
+
+def _checked_groups(
+    labels_groups: Sequence[int] | None,
+    n_labels: int,
+    use: bool,  # noqa: FBT001
+) -> tuple[int, ...] | None:
+    if labels_groups is None:
+        if use:
+            msg = "SCANVI: use_labels_groups needs labels_groups: the number of its group for each label."
+            raise ConfigError(msg)
+        return None
+    groups = tuple(int(g) for g in labels_groups)
+    if len(groups) != n_labels or sorted(set(groups)) != list(range(max(groups) + 1)):
+        msg = f"SCANVI: labels_groups must hold {n_labels} group numbers from 0 without a gap, got {groups}."
+        raise ConfigError(msg)
+    return groups

@@ -129,8 +129,8 @@ class SCANVI(SCVI):
         x: Counts,
         *,
         batch_index: Array | None = None,
-        cat_covs: Int[Array, "cells covariates"] | None = None,
-        cont_covs: Float[Array, "cells covariates"] | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
     ) -> Float[Array, "cells labels"]:
         """Probabilities of the cell types from the mean of q(z | x): q(c | z) at the module's temperature.
 
@@ -141,9 +141,20 @@ class SCANVI(SCVI):
         z = self.vae.encode(x, known.injected, known.continuous).mean
         return jnp.exp(self.log_class_probabilities(z, self.temperature[...]))
 
-    def get_latents(self, x: Counts, y: Array | None = None) -> list[jax.Array]:
-        """[z, u] of every cell: draws in train mode, means in eval mode; u given y, else the likeliest type."""
-        z = super().get_latents(x)[0]
+    def get_latents(
+        self,
+        x: Counts,
+        y: Array | None = None,
+        *,
+        batch_index: Array | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
+    ) -> list[jax.Array]:
+        """[z, u] of every cell: draws in train mode, means in eval mode; u given y, else the likeliest type.
+
+        Covariates are read by models with encode_covariates alone.
+        """
+        z = super().get_latents(x, batch_index=batch_index, cat_covs=cat_covs, cont_covs=cont_covs)[0]
         if y is None:
             y = jnp.argmax(self.log_class_probabilities(z), -1)
         label = one_hot(y, self.n_labels, who="SCANVI", name="y")
@@ -157,8 +168,8 @@ class SCANVI(SCVI):
         batch_index: Array | None = None,
         y: Array | None = None,
         *,
-        cat_covs: Int[Array, "cells covariates"] | None = None,
-        cont_covs: Float[Array, "cells covariates"] | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
         size_factor: Float[Array, "cells"] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:

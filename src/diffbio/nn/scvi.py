@@ -105,12 +105,16 @@ class SCVI(nnx.Module):
         for name, size, least in (
             ("n_input", n_input, 1), ("n_batch", n_batch, 0), ("n_labels", n_labels, 0), ("n_hidden", n_hidden, 1),
             ("n_latent", n_latent, 1), ("n_layers", n_layers, 1), ("n_continuous_cov", n_continuous_cov, 0),
+            *(("n_cats_per_cov", n, 1) for n in n_cats_per_cov),
         ):
             if size < least:
                 msg = f"{who}: {name} must be at least {least}, got {size!r}."
                 raise ConfigError(msg)
         if not 0 <= dropout_rate < 1:
             msg = f"{who}: dropout_rate must be in [0, 1), got {dropout_rate!r}."
+            raise ConfigError(msg)
+        if dispersion == "gene-label" and n_labels == 0:
+            msg = f"{who}: dispersion 'gene-label' needs n_labels, the number of cell types, got 0."
             raise ConfigError(msg)
         self.n_input, self.n_labels, self.n_latent = n_input, n_labels, n_latent
         self.n_batch = max(n_batch, 1)
@@ -121,7 +125,7 @@ class SCVI(nnx.Module):
         self.use_observed_lib_size = use_observed_lib_size or use_size_factor
         # what has one category alone tells nothing
         n_injected = sum(n for n in (self.n_batch, *self.n_cats_per_cov) if n > 1)
-        groups = {"gene-batch": self.n_batch, "gene-label": max(n_labels, 1)}
+        groups = {"gene-batch": self.n_batch, "gene-label": n_labels}
         self.vae = CountVAE(
             n_input,
             n_latent,
@@ -149,8 +153,8 @@ class SCVI(nnx.Module):
         batch_index: Array | None = None,
         y: Array | None = None,
         *,
-        cat_covs: Int[Array, "cells covariates"] | None = None,
-        cont_covs: Float[Array, "cells covariates"] | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
         size_factor: Float[Array, "cells"] | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -186,8 +190,8 @@ class SCVI(nnx.Module):
         n_samples: int = 1,
         transform_batch: int | None = None,
         *,
-        cat_covs: Int[Array, "cells covariates"] | None = None,
-        cont_covs: Float[Array, "cells covariates"] | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
         size_factor: Float[Array, "cells"] | None = None,
         key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
@@ -197,7 +201,14 @@ class SCVI(nnx.Module):
         extra zeros. qz_m, qz_v, z: mean, variance and draw of the latent position. ql_m, ql_v, library: of the
         log library. With n_samples > 1 the draws, and what is decoded from them, have that leading axis.
         transform_batch: decode every cell as if it were of this batch.
+
+        Raises:
+            DataError: as `forward`, and for a transform_batch that the model does not know.
         """
+        if transform_batch is not None and not 0 <= transform_batch < self.n_batch:
+            who = type(self).__name__
+            msg = f"{who}: transform_batch must be in 0..{self.n_batch - 1}, got {transform_batch}."
+            raise DataError(msg)
         known = self.covariates(batch_index, y, cat_covs, cont_covs, size_factor)
         decoded_as = known
         if transform_batch is not None:
@@ -240,8 +251,8 @@ class SCVI(nnx.Module):
         n_samples: int = 1,
         *,
         batch_index: Array | None = None,
-        cat_covs: Int[Array, "cells covariates"] | None = None,
-        cont_covs: Float[Array, "cells covariates"] | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "cells latent"]:
         """A draw from q(z | x) of every cell, the mean of n_samples draws, or with give_mean its mean.
@@ -264,17 +275,34 @@ class SCVI(nnx.Module):
         give_mean: bool = True,  # noqa: FBT001, FBT002 - the published signature
         *,
         batch_index: Array | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
         key: jax.Array | None = None,
     ) -> Float[Array, "cells 1"]:
-        """The log library: observed, or from q(l | x) its mean or a draw."""
-        known = self.covariates(batch_index, None, None, None, None, needed=False)
+        """The log library: observed, or from q(l | x) its mean or a draw.
+
+        Covariates are read by models with encode_covariates alone.
+        """
+        known = self.covariates(batch_index, None, cat_covs, cont_covs, None, needed=self.vae.encode_covariates)
         key = None if give_mean else (self.vae.sample.noise() if key is None else key)
         q, log_library = self._draw_library(x, known, key)
         return log_library[:, None] if q is None or not give_mean else q.mean
 
-    def get_latents(self, x: Counts, y: Array | None = None) -> list[jax.Array]:
-        """[z] of every cell: a draw in train mode, the mean in eval mode."""
-        return [self.draw(x, self.covariates(None, y, None, None, None, needed=False), None).z]
+    def get_latents(
+        self,
+        x: Counts,
+        y: Array | None = None,
+        *,
+        batch_index: Array | None = None,
+        cat_covs: Int[Array, "cells categorical"] | None = None,
+        cont_covs: Float[Array, "cells continuous"] | None = None,
+    ) -> list[jax.Array]:
+        """[z] of every cell: a draw in train mode, the mean in eval mode.
+
+        Covariates are read by models with encode_covariates alone; y by none.
+        """
+        known = self.covariates(batch_index, y, cat_covs, cont_covs, None, needed=self.vae.encode_covariates)
+        return [draw_from(self.vae, self.vae.encode(x, known.injected, known.continuous), None)]
 
     def get_sample_scale(
         self, x: Counts, batch_index: Array | None = None, y: Array | None = None, **how: Any
@@ -427,7 +455,7 @@ def one_hot(index: Array, n: int, *, who: str, name: str) -> Float[Array, "cells
     if index.ndim != 1:
         msg = f"{who}: {name} must have shape (cells,), (cells, 1) or (cells, {n}), got {index.shape}."
         raise DataError(msg)
-    return jax.nn.one_hot(index, n)
+    return jax.nn.one_hot(index.astype(int), n)
 
 
 def draw_from(vae: CountVAE, q: Gaussian, key: jax.Array | None) -> jax.Array:

@@ -1,1 +1,4 @@
-"""Models on AnnData."""
+"""Models on AnnData, with scvi-tools' verbs: `SCVI` and `SCANVI`."""
+
+from .scanvi import SCANVI as SCANVI
+from .scvi import SCVI as SCVI

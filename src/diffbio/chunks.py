@@ -1,0 +1,48 @@
+"""One pass over cells in chunks of one shape, so that one compiled program serves them all."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .train import Source, batch_of
+
+CHUNK_CELLS = 1024
+
+Chunk = dict[str, np.ndarray]
+
+
+def in_chunks(
+    run: Callable[[Any, int], Mapping[str, Any]],
+    source: Source,
+    *,
+    rows: np.ndarray | None = None,
+    chunk_cells: int = CHUNK_CELLS,
+) -> Iterator[Chunk]:
+    """`run(batch, number of the chunk)` for the cells `rows` (all, in their order); one row per cell comes out.
+
+    The last chunk is padded with cells from the start, and the padding cut off; fewer cells than a chunk are
+    padded to a power of two. While the device works on a chunk, the host prepares the next.
+    """
+    rows = np.arange(source.n_cells) if rows is None else rows
+    size = min(chunk_cells, 1 << (len(rows) - 1).bit_length())
+    waiting: tuple[Mapping[str, Any], int] | None = None
+    for number, start in enumerate(range(0, len(rows), size)):
+        chunk = rows[np.arange(start, start + size) % len(rows)]
+        ahead = run(batch_of(source, chunk), number), min(size, len(rows) - start)
+        if waiting is not None:
+            yield _fetched(*waiting)
+        waiting = ahead
+    if waiting is not None:
+        yield _fetched(*waiting)
+
+
+def joined(parts: Iterator[Chunk]) -> Chunk:
+    """Chunks put together again."""
+    every = list(parts)
+    return {key: np.concatenate([part[key] for part in every]) for key in every[0]}
+
+
+def _fetched(result: Mapping[str, Any], kept: int) -> Chunk:
+    return {key: value[:kept] for key, value in jax.device_get(dict(result)).items()}

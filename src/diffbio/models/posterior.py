@@ -1,0 +1,244 @@
+"""What is asked of a module about a batch of cells: functions of arrays, compiled once each.
+
+A batch holds `counts`, or, of minified cells, `qz_mean`, `qz_var` and `library`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..nn.count_vae import CountDistribution, Gaussian
+from ..nn.scanvi import SCANVI
+from ..nn.scvi import SCVI, Covariates, Drawn, forward_arguments, row_sums
+from ..train import dense_on_device
+
+LOG_2PI = 1.8378770664093453
+
+Batch = Mapping[str, Any]
+
+
+class Posterior(NamedTuple):
+    """q of every cell, and what else decoding needs."""
+
+    known: Covariates
+    q: Gaussian
+    q_library: Gaussian | None
+    log_library: jax.Array  # (cells,): observed, or the mean of q_library
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "function", "options"))
+def evaluate(
+    graph: Any,
+    state: Any,
+    batch: Batch,
+    key: jax.Array,
+    arrays: Mapping[str, Any],
+    *,
+    function: Callable[..., dict[str, jax.Array]],
+    options: tuple[tuple[str, Any], ...],
+) -> dict[str, jax.Array]:
+    """`function(module, batch, key, **arrays, **options)`; one program for every model of a kind."""
+    module = nnx.merge(graph, state)
+    return function(module, dense_on_device(batch, keep=frozenset({"counts"})), key, **arrays, **dict(options))
+
+
+def posterior(module: SCVI, batch: Batch) -> Posterior:
+    """q(z | x) and the library of every cell; of minified cells, as they were stored."""
+    given = forward_arguments(batch)
+    known = _covariates(module, given, given.get("batch_index"))
+    if "qz_mean" in batch:
+        q = Gaussian(batch["qz_mean"], jnp.log(batch["qz_var"]))
+        return Posterior(_by_type(module, known, q), q, None, jnp.log(jnp.maximum(batch["library"], 1.0)))
+    drawn = module.draw(batch["counts"], known, None)  # in eval mode: the means
+    return Posterior(_by_type(module, known, drawn.q), drawn.q, drawn.q_library, drawn.log_library)
+
+
+def latents(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Mean and variance of q(z | x), (cells, latent)."""
+    q = posterior(module, batch).q
+    return {"mean": q.mean, "var": jnp.exp(q.logvar)}
+
+
+def library(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Library sizes, (cells,): their mean under q(l | x) and a draw; both are the sum of the counts if observed."""
+    p = posterior(module, batch)
+    if p.q_library is None:
+        size = row_sums(batch["counts"]) if "counts" in batch else batch["library"]
+        return {"mean": size, "sample": size}
+    mean, logvar = p.q_library.mean[:, 0], p.q_library.logvar[:, 0]
+    return {"mean": jnp.exp(mean + 0.5 * jnp.exp(logvar)), "sample": jnp.exp(_draw(p, key).log_library)}
+
+
+def elbo(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Evidence lower bound of the counts by one draw, (cells,), in nats.
+
+    The cell type of every cell is summed over, also where it is known: it bounds log p(x).
+    """
+    given = forward_arguments(batch)
+    if isinstance(module, SCANVI):
+        given.pop("y", None)
+    loss, kl, _ = module.forward(batch["counts"], **given, key=key)
+    return {"elbo": -(loss + kl)}
+
+
+def reconstruction(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """-log p(x | z) at a draw of z, (cells,), in nats."""
+    p = posterior(module, batch)
+    return {"error": -module.log_prob(batch["counts"], module.decode(_draw(p, key), p.known))}
+
+
+def marginal(module: SCVI, batch: Batch, key: jax.Array, *, passes: int, per_pass: int) -> dict[str, jax.Array]:
+    """Log p(x) by importance sampling: log mean of p(x, z, ...) / q(z, ... | x) over passes * per_pass draws."""
+    p, x = posterior(module, batch), batch["counts"]
+
+    def log_weight(key: jax.Array) -> jax.Array:
+        for_draw, for_prior = jax.random.split(key)
+        drawn = _draw(p, for_draw)
+        log_p = module.log_prob(x, module.decode(drawn, p.known)) + log_prior(module, drawn.z, for_prior)
+        log_q = _log_normal(drawn.z, p.q.mean, p.q.logvar)
+        if p.q_library is not None:
+            size, prior = drawn.log_library[:, None], (batch["local_l_mean"], batch["local_l_var"])
+            log_p += _log_normal(size, prior[0].reshape(-1, 1), jnp.log(prior[1].reshape(-1, 1)))
+            log_q += _log_normal(size, *p.q_library)
+        return log_p - log_q
+
+    def one_pass(total: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        weights = jax.vmap(log_weight)(jax.random.split(key, per_pass))
+        return jnp.logaddexp(total, jax.nn.logsumexp(weights, axis=0)), None
+
+    start = jnp.full(p.q.mean.shape[0], -jnp.inf)
+    total, _ = jax.lax.scan(one_pass, start, jax.random.split(key, passes))
+    return {"log_likelihood": total - jnp.log(float(passes * per_pass))}
+
+
+def log_prior(module: SCVI, z: jax.Array, key: jax.Array) -> jax.Array:
+    """Log p(z), (cells,): standard normal; of SCANVI an unbiased draw of p(z), summed over the cell types."""
+    if not isinstance(module, SCANVI):
+        return _log_normal(z, 0.0, jnp.zeros_like(z))
+    n, wide = module.n_labels, jnp.repeat(z, module.n_labels, axis=0)
+    label = jnp.tile(jnp.eye(n, dtype=z.dtype), (z.shape[0], 1))
+    q = module.encoder_z2_z1(wide, label)
+    u = q.mean + jnp.exp(0.5 * q.logvar) * jax.random.normal(key, q.mean.shape, q.mean.dtype)
+    log_weight = _log_normal(wide, *module.decoder_z1_z2(u, label)) - _log_normal(u, *q)
+    log_weight += _log_normal(u, 0.0, jnp.zeros_like(u))
+    return jax.nn.logsumexp(log_weight.reshape(-1, n) + module.log_y_prior[...], axis=-1)
+
+
+def expression(
+    module: SCVI,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    genes: jax.Array,
+    batches: jax.Array | None,
+    library_size: jax.Array | None,
+    n_samples: int,
+    mean: bool,
+) -> dict[str, jax.Array]:
+    """Decoded expression at draws of z, (cells, genes), or (cells, samples, genes) without `mean`.
+
+    batches: codes to decode every cell as, and to average over; None takes each cell's own.
+    library_size: what gene fractions are multiplied by; None gives expected counts at the cell's own library.
+    """
+    p = posterior(module, batch)
+
+    def at(draw: Drawn, code: jax.Array | None) -> jax.Array:
+        known = p.known if code is None else _as_batch(module, batch, p, code)
+        if library_size is not None:
+            known = known._replace(log_size=jnp.zeros_like(p.log_library))
+        decoded = jnp.exp(module.decode(draw, known).log_rate[:, genes])
+        return decoded if library_size is None else decoded * library_size
+
+    def once(key: jax.Array) -> jax.Array:
+        draw = _draw(p, key)
+        if batches is None:
+            return at(draw, None)
+        return jax.lax.map(lambda code: at(draw, code), batches).mean(0)
+
+    keys = jax.random.split(key, n_samples)
+    if n_samples == 1:
+        return {"expression": once(keys[0])}
+    if not mean:
+        return {"expression": jnp.moveaxis(jax.lax.map(once, keys), 0, 1)}
+    start = jnp.zeros((p.q.mean.shape[0], len(genes)))
+    total, _ = jax.lax.scan(lambda total, key: (total + once(key), None), start, keys)
+    return {"expression": total / n_samples}
+
+
+def likelihood(
+    module: SCVI,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    genes: jax.Array,
+    code: jax.Array | None,
+    n_samples: int,
+    size: float | None,
+) -> dict[str, jax.Array]:
+    """Parameters of p(x | z) at draws of z, (cells, samples, genes) each: mean, dispersions, dropout.
+
+    size: takes the place of every cell's library.
+    """
+    p = posterior(module, batch)
+    known = p.known if code is None else _as_batch(module, batch, p, code)
+    if size is not None:
+        known = known._replace(log_size=jnp.full_like(p.log_library, jnp.log(size)))
+
+    def once(key: jax.Array) -> CountDistribution:
+        decoded = module.decode(_draw(p, key), known)
+        shape = decoded.log_rate.shape
+        return CountDistribution(*(jnp.broadcast_to(x, shape)[:, genes] for x in decoded))
+
+    decoded = jax.lax.map(once, jax.random.split(key, n_samples))
+    rate, theta, pi = (jnp.moveaxis(x, 0, 1) for x in decoded)
+    found = {"mean": jnp.exp(rate)}
+    if module.vae.decoder.likelihood != "poisson":
+        found["dispersions"] = jnp.exp(theta)
+    if module.vae.decoder.likelihood == "zinb":
+        found["dropout"] = jax.nn.sigmoid(pi)
+    return found
+
+
+def classes(module: SCANVI, batch: Batch, key: jax.Array, *, draw: bool) -> dict[str, jax.Array]:
+    """Log probabilities of the cell types at the mean (or a draw) of q(z | x), at the module's temperature."""
+    p = posterior(module, batch)
+    z = _draw(p, key).z if draw else p.q.mean
+    return {"log_probability": module.log_class_probabilities(z, module.temperature[...])}
+
+
+def _draw(p: Posterior, key: jax.Array) -> Drawn:
+    for_z, for_library = jax.random.split(key)
+    noise = jax.random.normal(for_z, p.q.mean.shape, p.q.mean.dtype)
+    z, size = p.q.mean + jnp.exp(0.5 * p.q.logvar) * noise, p.log_library
+    if p.q_library is not None:
+        spread = jnp.exp(0.5 * p.q_library.logvar[:, 0])
+        size = p.q_library.mean[:, 0] + spread * jax.random.normal(for_library, size.shape, size.dtype)
+    return Drawn(p.q, z, p.q_library, size)
+
+
+def _covariates(module: SCVI, given: Mapping[str, Any], batch_index: jax.Array | None) -> Covariates:
+    rest = (given.get("y"), given.get("cat_covs"), given.get("cont_covs"), given.get("size_factor"))
+    return module.covariates(batch_index, *rest)
+
+
+def _as_batch(module: SCVI, batch: Batch, p: Posterior, code: jax.Array) -> Covariates:
+    """The covariates as if every cell were of batch `code`."""
+    known = _covariates(module, forward_arguments(batch), jnp.full(p.log_library.shape, code))
+    return _by_type(module, known, p.q)
+
+
+def _by_type(module: SCVI, known: Covariates, q: Gaussian) -> Covariates:
+    """With a dispersion by cell type, an unlabelled cell takes that of the types it may be."""
+    if module.dispersion != "gene-label" or not isinstance(module, SCANVI):
+        return known
+    likely = jnp.exp(module.log_class_probabilities(q.mean))
+    groups = likely if known.groups is None else known.groups
+    return known._replace(groups=jnp.where(groups.sum(-1, keepdims=True) > 0, groups, likely))
+
+
+def _log_normal(x: jax.Array, mean: jax.Array | float, logvar: jax.Array) -> jax.Array:
+    return -0.5 * ((x - mean) ** 2 * jnp.exp(-logvar) + logvar + LOG_2PI).sum(-1)

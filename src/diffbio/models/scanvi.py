@@ -1,0 +1,361 @@
+"""SCANVI on AnnData: SCVI with cell types known for some cells, and a calibrated answer for the others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from ..chunks import joined
+from ..errors import ConfigError, DataError
+from ..history import History
+from ..nn.scanvi import SCANVI as Module
+from ..operators.base import to_numpy
+from ..train import Settings, Split
+from . import posterior
+from .base import flat_state, rows_of, set_state
+from .base import setup as note_setup
+from .calibration import best_temperature, expected_calibration_error
+from .cells import LabelledBeside
+from .queries import Queries
+from .registry import Registry
+from .scvi import SCVI, listed
+from .surgery import rows_by_name
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+UNKNOWN = "unknown"  # the answer for a cell whose type is not clear
+
+
+class SCANVI(Queries):
+    """Single-cell annotation by variational inference (Xu et al. 2021) on AnnData.
+
+    Args:
+        adata: as `SCANVI.setup_anndata` was called with.
+        n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, use_observed_lib_size,
+            log_variational, encode_covariates, seed: as for `SCVI`.
+        linear_classifier: the classifier is one linear layer.
+        classifier_parameters: n_hidden, n_layers, dropout_rate of the classifier, where they differ.
+        y_prior: prior probabilities of the cell types, in the order of the categories; None is uniform.
+        labels_groups: for each type the number of its group; use_labels_groups: types are told apart within
+            groups, which have a classifier of their own.
+
+    Raises:
+        DataError: `adata` has not been set up.
+        ConfigError: an argument is out of range.
+    """
+
+    module_class = Module
+    module: Module
+    saved_notes: ClassVar[tuple[str, ...]] = (*Queries.saved_notes, "held_out_labels", "was_pretrained")
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        **SCVI.fit_defaults,
+        "max_epochs_pretrained": 100,  # after from_scvi_model
+        "n_epochs_kl_warmup_pretrained": 0,
+        "classification_ratio": 50.0,
+        # fewer held-out labels than this judge nothing: all labelled cells are trained on, and none calibrates
+        "least_held_out_labels": 20,
+    }
+
+    def __init__(
+        self,
+        adata: "AnnData | None" = None,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        gene_likelihood: str = "zinb",
+        use_observed_lib_size: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        linear_classifier: bool = False,  # noqa: FBT001, FBT002
+        *,
+        log_variational: bool = True,
+        encode_covariates: bool = False,
+        classifier_parameters: Mapping[str, Any] | None = None,
+        y_prior: Any = None,
+        labels_groups: Sequence[int] | None = None,
+        use_labels_groups: bool = False,
+        registry: Registry | None = None,
+        seed: int = 0,
+    ) -> None:
+        init = {
+            "n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers, "dropout_rate": dropout_rate,
+            "dispersion": dispersion, "gene_likelihood": gene_likelihood,
+            "use_observed_lib_size": use_observed_lib_size, "log_variational": log_variational,
+            "encode_covariates": encode_covariates, "linear_classifier": linear_classifier,
+            "classifier_parameters": dict(classifier_parameters or {}),
+            "y_prior": None if y_prior is None else [float(p) for p in np.ravel(y_prior)],
+            "labels_groups": None if labels_groups is None else [int(g) for g in labels_groups],
+            "use_labels_groups": use_labels_groups,
+        }
+        self.was_pretrained = False
+        self.held_out_labels = np.empty(0, int)  # rows with a known label that training has not seen
+        super().__init__(adata, init, registry=registry, seed=seed)
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: "AnnData",
+        labels_key: str,
+        unlabeled_category: str,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Sequence[str] | None = None,
+        continuous_covariate_keys: Sequence[str] | None = None,
+    ) -> None:
+        """Checks the counts and notes where a model finds what it reads, in `adata.uns["diffbio_setup"]`.
+
+        Args:
+            adata: cells x genes, in memory or backed.
+            labels_key: column of obs with the cell types.
+            unlabeled_category: its value for cells whose type is not known.
+            layer: as for SCVI, like the following.
+            batch_key: column of obs.
+            size_factor_key: column of obs.
+            categorical_covariate_keys: columns of obs.
+            continuous_covariate_keys: columns of obs.
+
+        Raises:
+            MissingKeyError: a column or layer is not there.
+            DataError: values are no counts, a covariate or label is missing (NaN), or no cell has a label.
+        """
+        note_setup(cls.__name__, adata, {
+            "layer": layer, "batch_key": batch_key, "labels_key": labels_key,
+            "unlabeled_category": unlabeled_category, "size_factor_key": size_factor_key,
+            "categorical_covariate_keys": listed(categorical_covariate_keys),
+            "continuous_covariate_keys": listed(continuous_covariate_keys),
+        })
+
+    @classmethod
+    def from_scvi_model(
+        cls,
+        scvi_model: SCVI,
+        unlabeled_category: str,
+        labels_key: str | None = None,
+        adata: "AnnData | None" = None,
+        **scanvi_kwargs: Any,
+    ) -> Self:
+        """A SCANVI model that starts from the encoder and decoder of a trained SCVI model.
+
+        Args:
+            scvi_model: the trained model.
+            unlabeled_category: value of labels_key for cells whose type is not known.
+            labels_key: column of obs with the cell types; None takes that of the SCVI setup.
+            adata: None takes that of the SCVI model.
+            scanvi_kwargs: linear_classifier, classifier_parameters, y_prior, labels_groups, use_labels_groups, seed.
+
+        Raises:
+            DataError: there are no labels, or `adata` does not fit the model.
+            ConfigError: an argument is what the SCVI model has settled.
+        """
+        given = scvi_model.registry.setup
+        if settled := sorted(set(scanvi_kwargs) & set(scvi_model.init_params)):
+            msg = f"from_scvi_model: {settled} are as in the SCVI model; leave them out."
+            raise ConfigError(msg)
+        labels_key = given.get("labels_key") if labels_key is None else labels_key
+        if labels_key is None:
+            msg = "from_scvi_model: the SCVI model was set up without labels_key; pass labels_key=."
+            raise DataError(msg)
+        adata = scvi_model.adata if adata is None else adata
+        if adata is None:
+            msg = "from_scvi_model: the SCVI model was loaded without data; pass adata=."
+            raise DataError(msg)
+        old = scvi_model.registry
+        setup = {**given, "labels_key": labels_key, "unlabeled_category": unlabeled_category}
+        found = Registry.of(cls.__name__, adata, setup)
+        # codes and genes as the weights know them
+        new = replace(found, batches=old.batches, categories=old.categories, var_names=old.var_names)
+        new.store(adata)
+        model = cls(adata, registry=new, **{"seed": scvi_model.seed, **scvi_model.init_params, **scanvi_kwargs})
+        weights = {name: to_numpy(leaf) for name, leaf in flat_state(model.module).items()}
+        weights |= {name: to_numpy(leaf) for name, leaf in flat_state(scvi_model.module).items()}
+        if model.module.dispersion == "gene-label" and "vae/decoder/log_theta" in weights:
+            name = "vae/decoder/log_theta"
+            weights[name] = rows_by_name(weights[name], [("", x) for x in old.labels], [("", x) for x in new.labels])[0]
+        set_state(model.module, weights)
+        model.library_prior, model.was_pretrained = scvi_model.library_prior, True
+        model._attach(adata)
+        return model
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        n_samples_per_label: int | None = None,
+        *,
+        train_size: float | None = None,
+        batch_size: int | None = None,
+        early_stopping: bool = True,
+        early_stopping_patience: int | None = None,
+        early_stopping_min_delta: float | None = None,
+        gradient_clip_val: float | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        checkpoint: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        seed: int | None = None,
+    ) -> History:
+        """Trains the model, which ends with the weights of its best epoch, and calibrates its answers.
+
+        With every minibatch goes one of labelled cells, for the classifier. Labelled cells among those held out
+        are not trained on and calibrate the probabilities, if they are `least_held_out_labels` at least; fewer
+        are trained on, and nothing is calibrated.
+
+        Args:
+            max_epochs: passes over the cells at most.
+            n_samples_per_label: labelled cells of every type per minibatch; None draws them as they come.
+            train_size: fraction of the cells to train on; the others decide when to stop.
+            batch_size: cells in a minibatch.
+            early_stopping: as for SCVI, like the following.
+            early_stopping_patience: epochs.
+            early_stopping_min_delta: relative to the loss.
+            gradient_clip_val: largest norm of a gradient.
+            plan_kwargs: as for `SCVI.train`, and classification_ratio: weight of the cross entropy.
+            checkpoint: folder.
+            resume: goes on from it.
+            progress: shown or not.
+            seed: None is the model's.
+
+        Raises:
+            ConfigError: an argument is out of range.
+            DataError: the data are minified.
+            TrainingDivergedError: loss or gradient stayed NaN or infinite.
+        """
+        if n_samples_per_label is not None and n_samples_per_label < 1:
+            msg = f"train: n_samples_per_label must be at least 1 or None, got {n_samples_per_label!r}."
+            raise ConfigError(msg)
+        cells = self._trainable_cells()
+        if max_epochs is None and self.was_pretrained:
+            max_epochs = self.fit_defaults["max_epochs_pretrained"]
+        if self.was_pretrained:
+            warm_up = {"n_epochs_kl_warmup": self.fit_defaults["n_epochs_kl_warmup_pretrained"]}
+            plan_kwargs = {**warm_up, **(plan_kwargs or {})}
+        settings = self._settings(
+            max_epochs=max_epochs, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
+            early_stopping_patience=early_stopping_patience, early_stopping_min_delta=early_stopping_min_delta,
+            gradient_clip_val=gradient_clip_val, seed=seed, n_cells=cells.n_cells,
+        )
+        held_out = Split.of(cells.n_cells, settings, held_out=True)
+        source: Any = cells
+        self.held_out_labels = np.empty(0, int)
+        known = cells.columns["labels"] < len(self.registry.labels)
+        if known.any():  # a query may have no labels at all
+            source = self._beside_labelled(cells, known, held_out, settings, n_samples_per_label)
+        history = self._train(
+            source=source, held_out=held_out, settings=settings, plan_kwargs=plan_kwargs,
+            checkpoint=checkpoint, resume=resume, progress=progress,
+        )
+        if len(self.held_out_labels):
+            self._calibrate()
+        return history
+
+    def predict(
+        self,
+        adata: "AnnData | None" = None,
+        indices: Any = None,
+        soft: bool = False,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,  # noqa: FBT001, FBT002
+        *,
+        min_confidence: float = 0.0,
+        seed: int = 0,
+    ) -> Any:
+        """The likeliest cell type of every cell, labelled ones too; with soft a table of probabilities.
+
+        Args:
+            adata: None is the model's; another one needs no labels.
+            indices: of the cells.
+            soft: gives probabilities, (cells, types).
+            batch_size: cells in a chunk.
+            use_posterior_mean: classifies the mean of q(z | x), not a draw.
+            min_confidence: a cell whose likeliest type has a lower probability is called 'unknown'.
+            seed: of the draws.
+        """
+        if not 0 <= min_confidence <= 1:
+            msg = f"predict: min_confidence must be in [0, 1], got {min_confidence!r}."
+            raise ConfigError(msg)
+        log_p = self._log_probabilities(adata, indices, batch_size, draw=not use_posterior_mean, seed=seed)
+        probabilities = np.exp(log_p)
+        if soft:
+            rows = rows_of(indices, self.cells(adata).n_cells)
+            return pd.DataFrame(
+                probabilities, index=self._names(adata).obs_names[rows], columns=list(self.registry.labels)
+            )
+        answers = np.array(self.registry.labels, dtype=object)[probabilities.argmax(1)]
+        answers[probabilities.max(1) < min_confidence] = UNKNOWN
+        return answers if any(not isinstance(a, str) for a in answers) else answers.astype(str)
+
+    def calibration_error(
+        self, adata: "AnnData | None" = None, indices: Any = None, n_bins: int = 15
+    ) -> float:
+        """Expected calibration error of `predict`: mean distance of confidence and accuracy, over equal bins.
+
+        Over the labelled cells among `indices`; without `adata` and `indices` over those that training has
+        not seen.
+
+        Raises:
+            DataError: none of the cells is labelled.
+        """
+        cells = self.cells(adata)
+        rows = rows_of(indices, cells.n_cells)
+        if adata is None and indices is None:
+            rows = self.held_out_labels
+        rows = rows[cells.columns["labels"][rows] < len(self.registry.labels)] if len(rows) else rows
+        if not len(rows):
+            msg = "calibration_error: no labelled cells were held out of training; pass indices= of labelled cells."
+            raise DataError(msg)
+        log_p = self._log_probabilities(adata, rows, None)
+        return expected_calibration_error(np.exp(log_p), cells.columns["labels"][rows], n_bins=n_bins)
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by: above 1 where the classifier was too sure of itself."""
+        return float(self.module.temperature[...])
+
+    def _log_probabilities(
+        self, adata: "AnnData | None", indices: Any, batch_size: int | None, *, draw: bool = False, seed: int = 0
+    ) -> np.ndarray:
+        parts = self.evaluate(posterior.classes, adata, indices, batch_size, seed=seed, draw=draw)
+        return joined(parts)["log_probability"]
+
+    def _beside_labelled(
+        self, cells: Any, known: np.ndarray, held_out: Split, settings: Settings, n_samples_per_label: int | None
+    ) -> LabelledBeside:
+        outside = np.empty(0, int) if held_out.validation is None else held_out.validation
+        unseen = outside[known[outside]]
+        # a small share of labels is too dear to hold out: 3 of 31 would judge nothing and be missed
+        keep = len(unseen) >= self.fit_defaults["least_held_out_labels"]
+        self.held_out_labels = unseen if keep else np.empty(0, int)
+        seen = known.copy()
+        seen[self.held_out_labels] = False
+        return LabelledBeside(
+            cells, np.flatnonzero(seen), held_out=outside, labelled_held_out=self.held_out_labels,
+            n_samples_per_label=n_samples_per_label, seed=settings.seed,
+        )
+
+    def _calibrate(self) -> None:
+        rows = self.held_out_labels
+        z = jnp.asarray(joined(self.evaluate(posterior.latents, indices=rows))["mean"])
+        labels = self.cells().columns["labels"][rows]
+
+        @jax.jit
+        def loss(temperature: jax.Array) -> jax.Array:
+            log_p = self.module.log_class_probabilities(z, temperature)
+            return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+
+        self.module.temperature.set_value(jnp.asarray(best_temperature(loss)))
+
+    def _module(self, seed: int) -> Module:
+        init = self.init_params
+        parameters = dict(init["classifier_parameters"])
+        if init["linear_classifier"]:
+            parameters["n_layers"] = 0
+        kept = {key: value for key, value in init.items() if key != "linear_classifier"}
+        module = self._built({**kept, "classifier_parameters": parameters}, seed)
+        assert isinstance(module, Module)
+        return module

@@ -1,0 +1,140 @@
+"""Mapping a query onto a reference model without touching the reference (scArches, Lotfollahi et al. 2022).
+
+New batches widen the one-hot inputs; only the weights of the new inputs are trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pandas as pd
+from flax import nnx
+
+from ..data.names import align_genes
+from ..data.source import counts_of
+from ..errors import ConfigError
+from ..operators.base import to_numpy
+from .registry import Registry, check_setup_counts
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .base import Model
+
+Input = tuple[str, Any]  # a one-hot input: field and category
+
+
+def query_model(
+    cls: type["Model"], adata: "AnnData", reference: "Model", *, unfrozen: bool
+) -> "Model":
+    """A model of the query `adata` with the reference's weights, widened by the query's new categories."""
+    from .base import flat_state, set_state  # base imports this module
+
+    old = reference.registry
+    check_setup_counts(adata, old.setup.get("layer"))
+    new = old.extended(adata)
+    model = cls(None, registry=new, seed=reference.seed, **reference.init_params)
+    weights, mask = widened(
+        {name: to_numpy(leaf) for name, leaf in flat_state(reference.module).items()},
+        {name: to_numpy(leaf).shape for name, leaf in flat_state(model.module).items()},
+        old, new,
+    )
+    set_state(model.module, weights)
+    params = {name for name, leaf in flat_state(model.module).items() if isinstance(leaf, nnx.Param)}
+    model.trainable = None if unfrozen else {name: m for name, m in mask.items() if name in params}
+    model.is_trained = reference.is_trained
+    model._attach(adata)
+    if reference.library_prior is not None and model.library_prior is not None:
+        for ours, theirs in zip(model.library_prior, reference.library_prior, strict=True):
+            ours[: len(theirs)] = theirs
+        model._attach(adata)
+    new.store(adata)
+    return model
+
+
+def widened(
+    weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], old: Registry, new: Registry
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The reference's weights in the shapes of the query's module, and for each what of it is new (1, else 0).
+
+    The weights of a new category start at the mean of the known ones of its field.
+    """
+    inputs_old, inputs_new = one_hot_inputs(old), one_hot_inputs(new)
+    batches_old: list[Input] = [("batch", b) for b in old.batches]
+    batches_new: list[Input] = [("batch", b) for b in new.batches]
+    result, mask = {}, {}
+    for name, shape in shapes.items():
+        value = weights[name]
+        if value.shape == shape:
+            result[name], mask[name] = value, np.zeros((), np.float32)
+        elif name.endswith("log_theta"):  # one row for each batch
+            result[name], mask[name] = rows_by_name(value, batches_old, batches_new)
+        else:  # the one-hot inputs are the last ones of a layer
+            own = len(value) - len(inputs_old)
+            rows, is_new = rows_by_name(value[own:], inputs_old, inputs_new)
+            result[name] = np.concatenate([value[:own], rows])
+            mask[name] = np.concatenate([np.zeros_like(value[:own]), is_new])
+    return result, mask
+
+
+def one_hot_inputs(registry: Registry) -> list[Input]:
+    """The one-hot inputs of the networks, in order; a field with one category has none."""
+    fields: list[tuple[str, Sequence[Any]]] = [("batch", registry.batches), *registry.categories.items()]
+    return [(field, name) for field, names in fields if len(names) > 1 for name in names]
+
+
+def padded(
+    adata: "AnnData", reference: "Model | str | Path", *, load: Any, only_names: bool, inplace: bool
+) -> "AnnData | pd.Index | None":
+    """`adata` with the reference's genes in its order; those that are missing are zero."""
+    from anndata import AnnData
+
+    model = load(reference) if isinstance(reference, str | Path) else reference
+    names = pd.Index(list(model.registry.var_names))
+    if only_names:
+        return names
+    alignment = align_genes(adata.var_names, names)
+    layer = model.registry.setup.get("layer")
+    counts = alignment.apply(counts_of(adata, layer=layer))
+    obs, var = cast("pd.DataFrame", adata.obs), cast("pd.DataFrame", adata.var)
+    result = AnnData(
+        counts if layer is None else None, obs=obs.copy(), var=var.reindex(names), uns=dict(adata.uns),
+        obsm=dict(cast("Any", adata.obsm)), layers=None if layer is None else {layer: counts},
+    )
+    if not inplace:
+        return result
+    adata._init_as_actual(result)
+    return None
+
+
+def loaded(cls: type["Model"], reference: "Model | str | Path") -> "Model":
+    """The reference model itself, or from a folder.
+
+    Raises:
+        ConfigError: it is a model of another class.
+    """
+    model = cls.load(reference) if isinstance(reference, str | Path) else reference
+    if type(model) is not cls:
+        msg = f"load_query_data: the reference is a {type(model).__name__}, not a {cls.__name__}."
+        raise ConfigError(msg)
+    return model
+
+
+def rows_by_name(value: np.ndarray, old: list[Input], new: list[Input]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of weights of the inputs `new` out of those of `old`, and which of them are new."""
+    place = {entry: i for i, entry in enumerate(old)}
+    known_fields = {field for field, _ in old}
+    rows = np.zeros((len(new), *value.shape[1:]), value.dtype)
+    is_new = np.zeros_like(rows)
+    for i, entry in enumerate(new):
+        if entry in place:
+            rows[i] = value[place[entry]]
+            continue
+        same_field = [j for (field, _), j in place.items() if field == entry[0]]
+        if same_field:
+            rows[i] = value[same_field].mean(0)
+        # a field that had one category had no inputs: its first category stays without effect
+        first = entry == next(e for e in new if e[0] == entry[0])
+        is_new[i] = not (first and entry[0] not in known_fields)
+    return rows, is_new

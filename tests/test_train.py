@@ -13,6 +13,7 @@ from flax import nnx
 from scipy import sparse
 from toy import Toy, ToyConfig
 
+from diffbio.data.source import as_source
 from diffbio.errors import ConfigError, DataError, ModelFileError, TrainingDivergedError, TrainingInterrupted
 from diffbio.fitting import fit
 from diffbio.operators.base import operators_in
@@ -134,14 +135,15 @@ def test_resume_refuses_what_differs(tmp_path, change, named):
 def test_a_nan_step_is_skipped_and_counted():
     cells = CELLS.copy()
     cells[5] = np.inf
-    model, history = fitted(data={"counts": cells}, validation=0)
+    unchecked = as_source({"counts": cells}, cell_keys={"counts"})
+    model, history = fitted(data=unchecked, validation=0)
     assert history["skipped_steps"] == [1.0] * 6
     assert all(np.isfinite(v).all() for v in weights(model).values())
 
 
 def test_a_diverged_run_says_what_to_do():
     with pytest.raises(TrainingDivergedError, match="Lower learning_rate"):
-        fitted(data={"counts": CELLS * np.float32(np.nan)})
+        fitted(data=as_source({"counts": CELLS * np.float32(np.nan)}, cell_keys={"counts"}))
 
 
 def test_unknown_and_impossible_settings_are_named():
@@ -165,6 +167,20 @@ def test_schedules_reach_the_objective(monkeypatch):
     seen = []
     fitted(schedules={"weight": lambda epoch: (seen.append(epoch), 0.5)[1]}, max_epochs=1)
     assert any(isinstance(e, jax.core.Tracer) for e in seen)
+
+
+@pytest.mark.parametrize("schedule", [lambda epoch: 0.02 * epoch, lambda epoch: jnp.sin(epoch)])
+def test_a_schedule_without_an_end_is_refused(schedule):
+    with pytest.raises(ConfigError, match=r"schedule 'weight' is .* at infinity"):
+        fitted(schedules={"weight": schedule})
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (-1.0, "negative")])
+def test_counts_are_checked_before_training(value, said):
+    cells = CELLS.copy()
+    cells[3, 2] = value
+    with pytest.raises(DataError, match=said):
+        fitted(data={"counts": cells})
 
 
 def test_fewer_cells_than_a_batch_and_a_single_cell():

@@ -1,5 +1,6 @@
 """`diffbio.fit`: data as a user has it, into the training loop."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optax
 
+from .data.file_source import FileSource
 from .data.source import Source, as_source
-from .errors import ConfigError
+from .data.validate import check_counts
+from .errors import ConfigError, DataWarning
 from .history import History
 from .operators.base import Operator, axes
 from .train import Schedule, Settings, train
@@ -40,12 +43,15 @@ def fit(
         data: a dict of arrays (counts dense or scipy sparse), an AnnData, or a .h5ad/.zarr path that stays on
             disk; `keys` says where an AnnData or file holds each key: {"batch_labels": "obs/batch"}.
         keys: key -> place, as above; counts are "X" unless named.
-        optimizer: any optax optimizer instead of Adam.
-        schedules: keyword of the objective -> function of the epoch, such as a KL warm-up.
+        optimizer: any optax optimizer instead of Adam; of a pipeline, for its VAE.
+        schedules: keyword of the objective -> function of the epoch, such as a KL warm-up; it must end at a finite
+            value.
         checkpoint: folder to save to every half minute and when SIGINT or SIGTERM comes.
         resume: goes on from `checkpoint` if it exists, bit-identical to a run that was never stopped.
         progress: a bar on a terminal, a line per epoch elsewhere.
-        settings: see above.
+        settings: see above. Of a pipeline, `learning_rate`, `validation` and `patience` are for ambient removal
+            and the VAE, `max_epochs` is that of the VAE and a limit for the other stages. UMAP learns from pairs
+            of neighbours, without a validation split.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -92,6 +98,11 @@ def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None
     per_cell = {key for key, hint in model.requires.items() if "cells" in axes(hint)}
     places = {"counts": "X", **keys} if keys is not None else None
     source = as_source(data, cell_keys=per_cell, constant_keys=set(model.requires) - per_cell, mapping=places)
+    if source is not data and "counts" in source.keys:  # a Source was made by someone who has checked
+        counts = source.matrices["counts"] if isinstance(source, FileSource) else source.cells["counts"]  # type: ignore[attr-defined]
+        with warnings.catch_warnings():  # cleaned counts need not be whole; empty genes and cells are no harm here
+            warnings.filterwarnings("ignore", ".* no count", DataWarning)
+            check_counts(counts, allow_non_integer=True)
     model._inputs(dict(source.take(np.arange(min(source.n_cells, 2)))))  # complain before training does
     return source
 

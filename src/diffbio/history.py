@@ -39,17 +39,23 @@ class History:
         return pd.DataFrame(self.rows).set_index("epoch")
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws training and validation loss against the epoch; returns the axes."""
+        """Draws training and validation loss against the epoch, of every stage that has trained; returns the axes."""
         if ax is None:
             import matplotlib.pyplot as plt
 
             ax = plt.figure(figsize=(5, 3.2), layout="constrained").subplots()
-        epochs = [row["epoch"] for row in self.rows]
-        ax.plot(epochs, self["loss"], label="training")
-        if validation := self["validation_loss"]:
-            ax.plot(epochs, validation, label="validation")
+        stages = list(dict.fromkeys(str(row.get("stage", "")) for row in self.rows))
+        for i, stage in enumerate(stages):
+            rows = [row for row in self.rows if str(row.get("stage", "")) == stage]
+            scale = 1.0 if len(stages) == 1 else abs(rows[0]["loss"]) or 1.0  # losses of stages have own units
+            for name, style in (("loss", "-"), ("validation_loss", "--")):
+                points = [(row["epoch"], row[name] / scale) for row in rows if name in row]
+                if points:
+                    kind = "training" if name == "loss" else "validation"
+                    ax.plot(*zip(*points, strict=True), style, color=f"C{i}", label=f"{stage} {kind}".strip())
+        if self.best_epoch >= 0 and self["validation_loss"]:
             ax.axvline(self.best_epoch, color="0.7", linewidth=0.8, label="kept")
-        ax.set(xlabel="epoch", ylabel="loss per cell")
+        ax.set(xlabel="epoch", ylabel="loss per cell" if len(stages) == 1 else "loss, as a share of the first")
         ax.legend(frameon=False)
         return ax
 

@@ -83,19 +83,21 @@ def variable_genes(
 def representation(adata: "AnnData", use_rep: str | None, layer: str | None = None) -> np.ndarray:
     """`obsm[use_rep]`, float32; None is the PCA of log-normalised counts of the variable genes.
 
-    That is computed and stored in `obsm["X_diffbio_pca"]` if it is not there yet.
+    That is computed and stored in `obsm["X_diffbio_pca"]` if it is not there yet, or was made from another layer.
 
     Raises:
         MissingKeyError: `obsm` has no such entry.
         DataError: it holds values that are not finite.
     """
     key = use_rep or PCA
-    if use_rep is None and PCA not in adata.obsm:
+    made_from = adata.uns.get("diffbio", {}).get(PCA, {}).get("layer")
+    if use_rep is None and (PCA not in adata.obsm or made_from not in (None, layer or "X")):
         matrix = counts(adata, layer)
         genes = variable_genes(adata, matrix)
         width = min(N_COMPONENTS, len(genes), adata.n_obs)
         # normalised over all genes, then restricted
         adata.obsm[PCA] = pca(shifted_log(matrix)[:, genes], width).scores
+        adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), PCA: {"layer": layer or "X"}}
     if key not in adata.obsm:
         msg = f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
         raise MissingKeyError(msg)

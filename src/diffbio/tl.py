@@ -7,6 +7,7 @@ from flax import nnx
 from . import slots
 from .data.source import ArraySource
 from .data.write import add_results
+from .errors import ConfigError
 from .fitting import fit
 from .operators.base import Operator
 from .operators.normalization import DifferentiableUMAP, UMAPConfig, VAENormalizer, VAENormalizerConfig
@@ -32,6 +33,7 @@ def pipeline(
     n_top_genes: int | None = 2000,
     ambient_profile: str | None = None,
     layer: str | None = None,
+    normalized: bool = False,
     random_state: int = 0,
     progress: bool = False,
     copy: bool = False,
@@ -47,6 +49,7 @@ def pipeline(
         ambient_profile: column of `var` with the soup's gene fractions; None takes "ambient_profile" if it is
             there, and skips the ambient removal if not.
         layer: of the counts; None is X.
+        normalized: adds the gene fractions of the chosen genes, too.
         random_state: seed.
         progress: whether to show how training goes.
         copy: works on a copy and returns (copy, pipeline).
@@ -60,7 +63,10 @@ def pipeline(
     Returns:
         The fitted pipeline.
     """
-    target = adata.copy() if copy else adata
+    if "seed" in settings:
+        msg = "tl.pipeline: the seed is called random_state here."
+        raise ConfigError(msg)
+    target = (adata.to_memory() if adata.isbacked else adata.copy()) if copy else adata
     analysis = analyse(
         target,
         batch_key=batch_key,
@@ -72,7 +78,7 @@ def pipeline(
         progress=progress,
         **settings,
     )
-    analysis.add_to(target)
+    analysis.add_to(target, normalized=normalized)
     return (target, analysis.pipeline) if copy else analysis.pipeline
 
 
@@ -147,7 +153,7 @@ def integrate(
     labels, names = slots.batches(adata, batch_key)
     embeddings = slots.representation(adata, use_rep, layer)
     config = BatchCorrectionConfig(
-        n_clusters=n_clusters or max(1, min(100, round(len(embeddings) / 30))),
+        n_clusters=max(1, min(100, round(len(embeddings) / 30))) if n_clusters is None else n_clusters,
         n_features=embeddings.shape[1],
         n_batches=len(names),
         theta=theta,
@@ -215,7 +221,9 @@ def cluster(
     slots.choose(method, ["kmeans"], "tl.cluster")
     data = {"embeddings": slots.representation(adata, use_rep, layer)}
     config = SoftClusteringConfig(
-        n_clusters=n_clusters or 10, n_features=data["embeddings"].shape[1], temperature=temperature
+        n_clusters=10 if n_clusters is None else n_clusters,
+        n_features=data["embeddings"].shape[1],
+        temperature=temperature,
     )
     op = SoftKMeansClustering(config, rngs=nnx.Rngs(random_state))
     fit(op, data, seed=random_state, progress=False)

@@ -153,8 +153,8 @@ def train(
     """Minimises `model.objective` in minibatches; the model ends in eval mode with its best weights.
 
     `schedules` maps a keyword of `objective` to a function of the (fractional) epoch; validation uses the
-    value at infinity, so that losses of different epochs compare. With a `sampler` there is no validation.
-    With `checkpoint`, SIGINT and SIGTERM finish the step and save; `resume=True` goes on from there,
+    value at infinity, which must be finite, so that losses of different epochs compare. With a `sampler` there
+    is no validation. With `checkpoint`, SIGINT and SIGTERM finish the step and save; `resume=True` goes on from there,
     bit-identical to a run that was never stopped.
 
     Raises:
@@ -166,6 +166,7 @@ def train(
         msg = f"fit: {type(model).__name__} has no objective: there is nothing to train."
         raise ConfigError(msg)
     schedules = dict(schedules or {})
+    check_schedules(schedules)
     cells = Split.of(source.n_cells, settings, held_out=sampler is None)
     optimizer = _with_clipping(optimizer or optax.adam(settings.learning_rate), settings.clip_norm)
     model.train_mode()
@@ -215,6 +216,9 @@ def train(
             row["cells_per_second"] = (clock.step - first) * n / (time.perf_counter() - started)
             clock.rows.append({"epoch": clock.epoch, **row})
             score = row.get("validation_loss", row["loss"])
+            if not np.isfinite(score):
+                _finish(model, best)
+                raise _diverged(model, clock, settings, checkpoint)
             if cells.validation is None or score < clock.best_loss - settings.min_delta * abs(score):
                 clock.best_loss, clock.best_epoch = score, clock.epoch
                 best = _copied((carry.params, carry.rest))
@@ -227,6 +231,22 @@ def train(
     save()
     _finish(model, best)
     return History(clock.rows, best_epoch=clock.best_epoch, stopped_early=clock.epoch < settings.max_epochs)
+
+
+def check_schedules(schedules: Mapping[str, Schedule]) -> None:
+    """Refuses a schedule that does not settle: validation would compare nothing.
+
+    Raises:
+        ConfigError: its value at infinity is not finite.
+    """
+    for name, schedule in schedules.items():
+        end = np.asarray(schedule(jnp.inf))
+        if not np.isfinite(end).all():
+            msg = (
+                f"fit: schedule {name!r} is {end} at infinity, where validation reads it; let it end at a finite "
+                "value: lambda epoch: jnp.minimum(1.0, epoch / 50)."
+            )
+            raise ConfigError(msg)
 
 
 def split(model: Any) -> tuple[Any, Any, Any]:
@@ -395,8 +415,8 @@ def _stalled(clock: Clock, settings: Settings, split: Split) -> bool:
 def _diverged(model: Any, clock: Clock, settings: Settings, checkpoint: Any) -> TrainingDivergedError:
     kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None else ""
     return TrainingDivergedError(
-        f"fit: {type(model).__name__}: {settings.max_bad_steps} steps in a row, or a whole epoch, had a NaN or "
-        f"infinite loss or gradient in epoch {clock.epoch}; the model holds its best weights{kept}. Lower "
+        f"fit: {type(model).__name__}: {settings.max_bad_steps} steps in a row, a whole epoch or the validation had "
+        f"a NaN or infinite loss or gradient in epoch {clock.epoch}; the model holds its best weights{kept}. Lower "
         f"learning_rate (now {settings.learning_rate:g}), set clip_norm, or look for extreme counts."
     )
 

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from diffbio.data import ArraySource, FileSource, Source, as_source, chunks, counts_of
 from diffbio.errors import DataError, DataWarning, MissingKeyError
+from diffbio.math.sparse import SparseRows
 
 KEYS = ("counts", "batch_labels", "ambient_profile")
 MAPPING = {"counts": "X", "batch_labels": "obs/batch", "ambient_profile": "var/ambient"}
@@ -232,3 +233,14 @@ def test_a_batch_is_quick():
         source.take(rows)
         best = min(best, time.perf_counter() - start)
     assert best < 0.5e-3  # the fastest of many: other processes cannot spoil it
+
+
+def test_a_file_gives_sparse_batches_that_are_the_dense_ones(h5ad, small):
+    source = as_source(h5ad, cell_keys={"counts"})
+    for rows in (np.arange(7), np.array([5, 0, 5, 11])):
+        batch = source.take_sparse(rows)["counts"]
+        dense = batch.dense() if isinstance(batch, SparseRows) else batch
+        np.testing.assert_array_equal(dense, source.take(rows)["counts"])
+    shapes = {source.take_sparse(np.arange(i, i + 8))["counts"].values.shape for i in range(4)}
+    assert len(shapes) == 1  # one program serves them all
+    source.close()

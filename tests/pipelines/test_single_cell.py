@@ -144,15 +144,71 @@ def test_an_unknown_batch_is_an_error_and_under_jit_nan(fitted):
         assert jnp.isfinite(jnp.delete(result[key], 3, axis=0)).all(), key
 
 
-def test_an_undeclared_batch_beyond_the_room_says_what_to_pass():
+def test_undeclared_batches_get_room_before_training_and_an_error_after(fitted):
     pipeline = create_single_cell_pipeline(**SMALL, batch_correction_clusters=3)
     data = dense(cells(n=20)[0])
     data["batch_labels"] = data["batch_labels"].at[0].set(16)
+    assert jnp.isfinite(pipeline.apply(data, {}, None)[0]["latent"]).all()
+    assert pipeline.vae_normalizer.config.n_batches == pipeline.batch_correction.config.n_batches == 17
     with pytest.raises(DataError, match="pass n_batches=17"):
-        pipeline.apply(data, {}, None)
+        fitted[0].apply(data, {}, None)
     declared = create_single_cell_pipeline(**SMALL, n_batches=2)
     with pytest.raises(DataError, match="pass n_batches=17"):
         diffbio.fit(declared, data, **QUICK)
+
+
+def test_the_later_losses_leave_ambient_removal_to_its_own_objective():
+    # a likelihood falls with every count removed: through the joint loss the fraction would grow without end
+    pipeline = create_single_cell_pipeline(**SMALL, batch_correction_clusters=3)
+    data = dense(cells(n=20)[0])
+    stage = {key: data[key] for key in ("counts", "ambient_profile")}
+
+    def slopes(loss):
+        graph, params, rest = nnx.split(pipeline, nnx.Param, ...)
+        grads = jax.grad(lambda p: loss(nnx.merge(graph, p, rest)))(params)
+        return jax.tree.leaves(grads["ambient_removal"])
+
+    joint = slopes(lambda model: model.objective(data)[0])
+    alone = slopes(lambda model: model.ambient_removal.objective(stage)[0])
+    assert max(float(jnp.abs(g).max()) for g in alone) > 0
+    for ours, theirs in zip(joint, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pipelines_own_seed_decides_the_start_also_where_data_decide_the_shapes():
+    data, _ = cells(n=60)
+    latents = []
+    for seed in (1, 1, 2):
+        pipeline = create_single_cell_pipeline(**SMALL, seed=seed)
+        pipeline.learn_batches(data["batch_labels"], 60)
+        latents.append(np.asarray(pipeline.normalise(dense(data))["latent"]))
+    np.testing.assert_array_equal(latents[0], latents[1])
+    assert np.abs(latents[0] - latents[2]).max() > 0
+
+
+def test_other_data_of_the_same_batches_keep_what_was_learned(fitted):
+    pipeline, data, _, _ = fitted
+    before = pipeline.vae_normalizer
+    pipeline.learn_batches(data["batch_labels"], 40)
+    assert pipeline.vae_normalizer is before
+    pipeline.learn_batches(data["batch_labels"], 180)
+
+
+def test_after_a_loop_of_your_own_a_few_cells_can_be_projected():
+    data = dense(cells(n=60)[0])
+    pipeline = create_single_cell_pipeline(**SMALL, batch_correction_clusters=10)
+    pipeline.mark_fitted()
+    pipeline.learn_reference(data)
+    whole = pipeline.apply(data, {}, None)[0]["corrected_embeddings"]
+    few = {key: value if key == "ambient_profile" else value[:4] for key, value in data.items()}
+    np.testing.assert_allclose(pipeline.apply(few, {}, None)[0]["corrected_embeddings"], whole[:4], atol=1e-4)
+
+
+def test_the_history_of_all_stages_plots(fitted):
+    axes = fitted[3].plot()
+    labels = [line.get_label() for line in axes.get_lines()]
+    assert "vae training" in labels
+    assert "vae validation" in labels
 
 
 def test_missing_input_names_the_switch():

@@ -13,7 +13,7 @@ from .batches import batch_dtype, in_memory, nbytes, rows_of
 from .matrix import DiskMatrix, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -84,6 +84,7 @@ class FileSource:
         self._store = store
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, dict[str, Rows | NDArray[Any]]] = OrderedDict()
+        self._lengths: dict[str, NDArray[np.integer]] = {}  # of some rows, spread over the file
         self.n_block_reads = 0
 
     @property
@@ -95,16 +96,23 @@ class FileSource:
 
     def take(self, rows: NDArray[np.integer]) -> Batch:
         """Return the cells `rows` (any order, repeats allowed) as a dict of arrays."""
+        return self._taken(rows, self._gather)
+
+    def take_sparse(self, rows: NDArray[np.integer]) -> dict[str, Any]:
+        """Return as `take` does, but sparse matrices as `SparseRows`; a batch fuller than usual comes dense."""
+        return self._taken(rows, self._gather_sparse)
+
+    def _taken(self, rows: NDArray[np.integer], gather: Callable[..., Any]) -> dict[str, Any]:
         rows = np.asarray(rows)
         if rows.size and (rows.min() < 0 or rows.max() >= self.n_cells):
             msg = f"take: rows must lie in [0, {self.n_cells}), got {rows.min()} to {rows.max()}"
             raise IndexError(msg)
-        batch: Batch = {}
+        batch: dict[str, Any] = {}
         with self._lock:
             if self.matrices:
                 self._load(np.unique(rows // self.block_rows))
             for key, matrix in self.matrices.items():
-                batch[key] = self._gather(key, matrix, rows)
+                batch[key] = gather(key, matrix, rows)
             self._evict()
         batch |= {key: rows_of(key, value, rows) for key, value in self.cells.items()}
         return batch | self.constants
@@ -157,6 +165,36 @@ class FileSource:
             low, high = starts[offset], starts[offset + 1]
             row[columns[low:high]] = values[low:high]
         return out
+
+    def _gather_sparse(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer]) -> Any:
+        from ..math.sparse import packed
+
+        room = self._room(key, matrix, len(rows))
+        if not room:
+            return self._gather(key, matrix, rows)
+        spans = []
+        for block, offset in zip(*(part.tolist() for part in np.divmod(rows, self.block_rows)), strict=True):
+            starts, columns, values = cast("Rows", self._blocks[block][key])
+            low, high = starts[offset], starts[offset + 1]
+            spans.append((columns[low:high], values[low:high]))
+        lengths = np.array([len(values) for _, values in spans])
+        if lengths.sum() > room:
+            return self._gather(key, matrix, rows)
+        columns, values = (np.concatenate(parts) for parts in zip(*spans, strict=True))
+        return packed(columns, values, lengths, matrix.shape[1], room)
+
+    def _room(self, key: str, matrix: DiskMatrix, n_rows: int) -> int:
+        """Entries that `n_rows` rows hold, from blocks spread over the file; 0 where a batch comes dense."""
+        from ..math.sparse import usual_and_most
+
+        if matrix.encoding == "dense" or not n_rows or n_rows * matrix.shape[1] >= 2**31:
+            return 0
+        if key not in self._lengths:
+            n_blocks = -(-self.n_cells // self.block_rows)
+            chosen = np.unique(np.linspace(0, n_blocks - 1, min(n_blocks, 64)).astype(int)) * self.block_rows
+            read = [matrix.read(low, min(low + self.block_rows, self.n_cells)) for low in chosen.tolist()]
+            self._lengths[key] = np.concatenate([np.diff(cast("Rows", part).starts) for part in read])
+        return min(usual_and_most(self._lengths[key], n_rows)[0], n_rows * matrix.shape[1])
 
     def _evict(self) -> None:
         """Forget the blocks used longest ago; two groups stay, since a batch may straddle two."""

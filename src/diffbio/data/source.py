@@ -334,16 +334,13 @@ class ArraySource:
         return rows_of(key, self.cells[key], np.arange(self.n_cells))
 
     def _rooms(self, key: str, n_rows: int) -> tuple[int, ...]:
-        """Return entries of `n_rows` rows: 6 standard errors above the mean, and of the fullest rows.
+        """Return the entries that `n_rows` rows usually and at most hold; () where int32 positions overflow."""
+        from ..math.sparse import usual_and_most
 
-        Empty where int32 positions would overflow.
-        """
         if (key, n_rows) not in self._known_rooms:
-            lengths = np.sort(np.diff(self.cells[key].indptr))[::-1]
-            fits = n_rows * self.cells[key].shape[1] < 2**31
-            most = max(1, int(lengths[:n_rows].sum()))
-            usual = int(n_rows * lengths.mean() + 6 * lengths.std() * n_rows**0.5) + 1 if lengths.size else 1
-            self._known_rooms[key, n_rows] = (min(usual, most), most) if fits else ()
+            matrix = self.cells[key]
+            fits = n_rows * matrix.shape[1] < 2**31
+            self._known_rooms[key, n_rows] = usual_and_most(np.diff(matrix.indptr), n_rows) if fits else ()
         return self._known_rooms[key, n_rows]
 
     def order(self, rng: np.random.Generator, rows: NDArray[np.integer]) -> NDArray[np.integer]:

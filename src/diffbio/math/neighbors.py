@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Real
 
 from ..errors import ConfigError, DataError
 
-EXACT_UP_TO = 20_000  # reference points; beyond, faiss (where installed) is several times faster
+EXACT_UP_TO = 20_000  # reference points; beyond, an inverted-file index is several times faster
 PAIRS_PER_BLOCK = 1 << 22  # entries of a block of pairwise differences held at once
 
 
@@ -27,9 +27,8 @@ def knn(
 ) -> Neighbors:
     """Finds the k rows of `x` nearest to each row of `queries`, or to each row of `x`, itself excluded.
 
-    Exact up to 20,000 rows, and beyond where faiss is not installed (cost n² · features, memory n · k).
-    With faiss (`pip install diffbio[faiss]`) larger sets use an inverted-file index: about 99 % of the
-    true neighbours, same result on every run. Distances of the neighbours found are always exact.
+    Exact up to 20,000 rows. Larger sets use an inverted-file index (faiss; cost n^1.5 · features, memory n · k):
+    about 99 % of the true neighbours, same result on every run. Distances of those found are always exact.
 
     Args:
         x: reference points, NumPy or JAX.
@@ -84,10 +83,8 @@ def _exact(points: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:
 
 
 def _large(points: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:
-    try:
-        import faiss
-    except ImportError:
-        return _exact(points, asked, k)
+    import faiss
+
     n, width = points.shape
     lists = int(4 * np.sqrt(n))
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, lists)

@@ -47,6 +47,24 @@ class SparseRows:
         return jax.ops.segment_sum(values, self.index // columns, rows, indices_are_sorted=True)
 
 
+def packed(columns: np.ndarray, values: np.ndarray, lengths: np.ndarray, n_columns: int, capacity: int) -> SparseRows:
+    """Rows of `lengths` entries, one after the other, with room for `capacity` entries; values as float32."""
+    total = len(values)
+    index = np.full(capacity, len(lengths) * n_columns, np.int32)
+    index[:total] = columns + np.repeat(np.arange(len(lengths)) * n_columns, lengths)
+    padded = np.zeros(capacity, np.float32)
+    padded[:total] = values
+    return SparseRows(index, padded, (len(lengths), n_columns))
+
+
+def usual_and_most(lengths: np.ndarray, n_rows: int) -> tuple[int, int]:
+    """Entries that `n_rows` random rows hold: 6 standard errors above the mean, and at most."""
+    longest = np.sort(lengths)[::-1]
+    most = max(1, int(longest[:n_rows].sum()), int(longest[:1].sum()) * n_rows if n_rows > len(lengths) else 0)
+    usual = int(n_rows * lengths.mean() + 6 * lengths.std() * n_rows**0.5) + 1 if lengths.size else 1
+    return min(usual, most), most
+
+
 def sparse_rows(matrix: sparse.csr_array, rows: np.ndarray, capacity: int) -> SparseRows:
     """`matrix[rows]` with room for `capacity` entries; canonical CSR, values as float32."""
     starts = matrix.indptr[rows]
@@ -55,9 +73,4 @@ def sparse_rows(matrix: sparse.csr_array, rows: np.ndarray, capacity: int) -> Sp
     total = int(ends[-1])
     # position of each entry in the matrix: its row's start plus its place within the row
     entries = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-    n_columns = matrix.shape[1]
-    index = np.full(capacity, len(rows) * n_columns, np.int32)
-    index[:total] = matrix.indices[entries] + np.repeat(np.arange(len(rows)) * n_columns, lengths)
-    values = np.zeros(capacity, np.float32)
-    values[:total] = matrix.data[entries]
-    return SparseRows(index, values, (len(rows), n_columns))
+    return packed(matrix.indices[entries], matrix.data[entries], lengths, matrix.shape[1], capacity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import numbers
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,8 +75,11 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, value := tuple(value))
+            plain = tuple(value) if isinstance(value, list) else value
+            if isinstance(plain, np.generic):  # numpy's numbers are welcome and become Python's
+                plain = plain.item()
+            if plain is not value:
+                object.__setattr__(self, f.name, value := plain)
             where = f"{type(self).__name__}.{f.name}"
             if not _is_a(value, hints[f.name]):
                 msg = f"{where} must be {_say_type(hints[f.name])}, got {value!r}."
@@ -367,9 +371,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if hint is Any:
         return True
     return isinstance(value, origin or hint)

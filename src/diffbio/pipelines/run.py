@@ -30,7 +30,7 @@ from ..operators.base import Config, Operator, _is_a, _say_type, nonnegative, po
 from ..operators.normalization.umap import UMAPConfig
 from ..recording import recording
 from ..train import Settings
-from .inference import apply_in_chunks
+from .inference import apply_in_chunks, joined
 from .single_cell import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
@@ -149,6 +149,7 @@ def analyse(
         params=params,
         seed=run.seed,
         data=origin,
+        converged=history.stopped_early,
         unfitted=[s for s, op in _stages(pipeline).items() if not op.fitted],
         skipped=[f"{stage}: {reason}" for stage, reason in prepared.skipped.items()],
         **record,
@@ -247,6 +248,10 @@ def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSetti
     n_cells = prepared.source.n_cells
     if n_cells < FEWEST_FOR_MAP:
         prepared.skipped["UMAP"] = f"a neighbourhood is {FEWEST_FOR_MAP} cells, and there are {n_cells}"
+    for stage, switch in switches.items():
+        if stage in prepared.skipped and given.get(switch) is True:
+            msg = f"{switch} is True, but {prepared.skipped[stage]}."
+            raise ConfigError(msg)
     for stage, attribute in {
         **switches,
         "UMAP": "enable_dim_reduction",
@@ -298,25 +303,21 @@ class Analysis:
         source, parts = self.prepared.source, self.pipeline.provided()
         small = [key for key in parts if key not in ("normalized", "decontaminated_counts")]
         arrays = {key: np.empty((source.n_cells, 0), np.float32) for key in small}
-        kept = np.zeros(source.n_cells)
         start = 0
-        cleaned = ["decontaminated_counts"] if "decontaminated_counts" in parts else []
-        for chunk in apply_in_chunks(self.pipeline, source, [*small, *cleaned]):
+        ambient = self.pipeline.ambient_removal
+        for chunk in apply_in_chunks(self.pipeline, source, small):
             stop = start + len(chunk["latent"])
             for key in small:
                 if start == 0:
                     arrays[key] = np.empty((source.n_cells, chunk[key].shape[1]), np.float32)
                 arrays[key][start:stop] = chunk[key]
-            if cleaned:
-                before = source.take(np.arange(start, stop))["counts"].sum(axis=1)
-                after = chunk["decontaminated_counts"].sum(axis=1)
-                kept[start:stop] = np.divide(after, before, out=np.ones(len(before)), where=before > 0)
             start = stop
         results: dict[str, Any] = dict(arrays)
         if "cluster_assignments" in arrays:
             self._score(arrays["cluster_assignments"])
-        if cleaned:
-            results[f"obs/{slots.AMBIENT_FRACTION}"] = (1.0 - kept).astype(np.float32)
+        if ambient is not None:
+            found = joined(apply_in_chunks(ambient, source, ["contamination_fraction"]))
+            results[f"obs/{slots.AMBIENT_FRACTION}"] = found["contamination_fraction"]
             results["decontaminated_counts"] = self._layer("decontaminated_counts")
         if normalized:
             results["normalized"] = self._layer("normalized")
@@ -324,6 +325,9 @@ class Analysis:
             chosen = np.zeros(self.prepared.n_genes, bool)
             chosen[self.prepared.genes] = True
             results[f"var/{slots.VARIABLE}"] = chosen
+            if ambient is not None or normalized:
+                n_genes = len(self.prepared.genes)
+                self.record["layers"] = f"of the {n_genes:,} variable genes; the others are empty there"
         return results | {"uns/diffbio/pipeline": self.record}
 
     def add_to(self, adata: AnnData, *, normalized: bool = False) -> None:
@@ -351,6 +355,8 @@ class Analysis:
                 f"clusters against {self.record['params']['label_key']}: {shown} "
                 "(1 is the same; ARI of chance is 0)"
             )
+        if "layers" in self.record:
+            lines.append(f"layers are {self.record['layers']} (var[{slots.VARIABLE!r}])")
         return lines + [f"not run: {stage} ({reason})" for stage, reason in self.prepared.skipped.items()]
 
     def _score(self, assignments: np.ndarray) -> None:

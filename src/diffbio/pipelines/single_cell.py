@@ -1,6 +1,7 @@
 """The whole workflow as one operator: counts in, clusters out, gradients all the way."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..data.source import Source
-from ..errors import DataError, MissingKeyError
+from ..errors import DataError, DataWarning, MissingKeyError
 from ..history import History
 from ..operators.base import Config, Data, Operator, positive
 from ..operators.normalization.umap import DifferentiableUMAP, UMAPConfig
@@ -46,7 +47,10 @@ class SingleCellPipelineConfig(Config):
     enable_batch_correction: enable batch correction.
     enable_dim_reduction: enable UMAP dimensionality reduction.
     enable_clustering: enable soft clustering.
-    n_batches: number of batches. None: `fit` takes it from the data; before that, labels 0-15 are understood.
+    n_batches: number of batches. None: `fit`, and `apply` outside jit before training, take it from the data;
+        under jit before that, labels 0-15 are understood.
+
+    Inside the pipeline Harmony runs without its diversity penalty (theta 0): see `PIPELINE_THETA`.
     """
 
     n_genes: int = positive(2000)
@@ -91,41 +95,24 @@ class SingleCellPipeline(Operator):
     def __init__(self, config: SingleCellPipelineConfig, *, rngs: nnx.Rngs) -> None:
         self.config: SingleCellPipelineConfig = config
         self.fitted = False
-        self._build(rngs, n_clusters=config.batch_correction_clusters)
-
-    def _build(self, rngs: nnx.Rngs, *, n_clusters: int) -> None:
-        config = self.config
+        self.rngs = rngs.fork()  # parts are built anew when data says how many batches there are
         undeclared = UNDECLARED_BATCHES if config.enable_batch_correction else 1
-        n_batches = config.n_batches or undeclared
+        self._build(config.batch_correction_clusters, config.n_batches or undeclared)
+
+    def _build(self, n_clusters: int, n_batches: int) -> None:
+        config = self.config
 
         def part(enabled: bool, cls: Any, settings: Any) -> Any:  # noqa: FBT001
-            return nnx.data(cls(settings, rngs=rngs) if enabled else None)
+            return nnx.data(cls(settings, rngs=self.rngs) if enabled else None)
 
         self.ambient_removal: DifferentiableAmbientRemoval | None = part(
             config.enable_ambient_removal,
             DifferentiableAmbientRemoval,
             AmbientRemovalConfig(n_genes=config.n_genes),
         )
-        self.vae_normalizer = VAENormalizer(
-            VAENormalizerConfig(
-                n_genes=config.n_genes,
-                latent_dim=config.latent_dim,
-                hidden_dims=config.hidden_dims,
-                n_batches=n_batches,
-                likelihood="nb",
-            ),
-            rngs=rngs,
-        )
-        self.batch_correction: DifferentiableHarmony | None = part(
-            config.enable_batch_correction,
-            DifferentiableHarmony,
-            BatchCorrectionConfig(
-                n_clusters=n_clusters,
-                n_features=config.latent_dim,
-                n_batches=n_batches,
-                n_iterations=config.batch_correction_iterations,
-                theta=PIPELINE_THETA,
-            ),
+        self.vae_normalizer = self._vae(n_batches)
+        self.batch_correction: DifferentiableHarmony | None = nnx.data(
+            self._harmony(n_clusters, n_batches) if config.enable_batch_correction else None
         )
         self.dim_reduction: DifferentiableUMAP | None = part(
             config.enable_dim_reduction,
@@ -139,6 +126,26 @@ class SingleCellPipeline(Operator):
                 n_clusters=config.n_clusters, n_features=config.latent_dim, temperature=config.clustering_temperature
             ),
         )
+
+    def _vae(self, n_batches: int) -> VAENormalizer:
+        config = VAENormalizerConfig(
+            n_genes=self.config.n_genes,
+            latent_dim=self.config.latent_dim,
+            hidden_dims=self.config.hidden_dims,
+            n_batches=n_batches,
+            likelihood="nb",
+        )
+        return VAENormalizer(config, rngs=self.rngs)
+
+    def _harmony(self, n_clusters: int, n_batches: int) -> DifferentiableHarmony:
+        config = BatchCorrectionConfig(
+            n_clusters=n_clusters,
+            n_features=self.config.latent_dim,
+            n_batches=n_batches,
+            n_iterations=self.config.batch_correction_iterations,
+            theta=PIPELINE_THETA,
+        )
+        return DifferentiableHarmony(config, rngs=self.rngs)
 
     def __call__(
         self,
@@ -192,7 +199,8 @@ class SingleCellPipeline(Operator):
 
         So the VAE is trained for reconstruction, for compact clusters (weight `clustering_weight`) and for a
         faithful embedding (weight `embedding_weight`). The embedding's term reads the batch as pairs of
-        neighbours: first half heads, second half tails.
+        neighbours: first half heads, second half tails. These terms take the cleaned counts as given: a
+        likelihood falls with every count removed, so that ambient removal must answer to the droplets alone.
         """
         inputs = self._inputs(data)
         counts, labels = inputs["counts"], inputs.get("batch_labels")
@@ -202,7 +210,8 @@ class SingleCellPipeline(Operator):
             stage = {"counts": counts, "ambient_profile": inputs["ambient_profile"]}
             metrics["ambient"], _ = self.ambient_removal.objective(stage)
             loss = loss + metrics["ambient"]
-            counts = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
+            clean = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
+            counts = jax.lax.stop_gradient(clean)
         labelled = {} if labels is None else {"batch_labels": labels}
         metrics["vae"], parts = self.vae_normalizer.objective({"counts": counts, **labelled}, kl_weight=kl_weight)
         metrics |= {key: parts[key] for key in ("reconstruction", "kl")}
@@ -223,7 +232,7 @@ class SingleCellPipeline(Operator):
         """What `diffbio.fit` runs: see `diffbio.pipelines.stages`."""
         return fit_stages(self, source, **how)
 
-    def learn_batches(self, labels: np.ndarray | None, n_cells: int, *, seed: int) -> None:
+    def learn_batches(self, labels: np.ndarray | None, n_cells: int) -> None:
         """Builds the stages for the batches and the number of cells at hand, before training starts.
 
         Raises:
@@ -242,12 +251,21 @@ class SingleCellPipeline(Operator):
                 )
                 raise DataError(msg)
             n_batches = n_batches or largest + 1
-        wanted = dataclasses.replace(self.config, n_batches=n_batches or 1)
-        n_clusters = max(1, min(wanted.batch_correction_clusters, round(n_cells / 30)))
-        now = None if self.batch_correction is None else self.batch_correction.config.n_clusters
-        if wanted != self.config or now not in (None, n_clusters):
-            self.config = wanted
-            self._build(nnx.Rngs(seed), n_clusters=n_clusters)
+        n_batches = n_batches or 1
+        n_clusters = max(1, min(self.config.batch_correction_clusters, round(n_cells / 30)))
+        trained_for = self.vae_normalizer.config.n_batches
+        if n_batches != trained_for:
+            if self.vae_normalizer.fitted:
+                warnings.warn(
+                    f"SingleCellPipeline: the VAE was trained for {trained_for} batches, the data has {n_batches}: "
+                    "it starts anew.", DataWarning, stacklevel=4,
+                )
+            self.vae_normalizer = self._vae(n_batches)
+        if self.batch_correction is not None:
+            held = self.batch_correction.config
+            if (held.n_clusters, held.n_batches) != (n_clusters, n_batches):
+                self.batch_correction = self._harmony(n_clusters, n_batches)
+        self.config = dataclasses.replace(self.config, n_batches=n_batches)
 
     def provided(self) -> dict[str, Any]:
         """The outputs of the enabled stages."""
@@ -278,10 +296,29 @@ class SingleCellPipeline(Operator):
         labels = inputs.get("batch_labels")
         if labels is not None and self.config.n_batches is None and not isinstance(labels, jax.core.Tracer):
             largest = int(labels.max()) if labels.size else 0
-            if largest >= self.vae_normalizer.config.n_batches:
+            if largest >= self.vae_normalizer.config.n_batches and not self.vae_normalizer.fitted:
+                self._make_room(largest + 1)
+            elif largest >= self.vae_normalizer.config.n_batches:
                 msg = f"SingleCellPipeline: batch_labels holds label {largest}; pass n_batches={largest + 1}."
                 raise DataError(msg)
         return inputs
+
+    def _make_room(self, n_batches: int) -> None:
+        self.vae_normalizer = self._vae(n_batches)
+        if self.batch_correction is not None:
+            self.batch_correction = self._harmony(self.batch_correction.config.n_clusters, n_batches)
+        (self.train_mode if self.training else self.eval_mode)()
+
+    def learn_reference(self, data: Data) -> None:
+        """Stores what Harmony learns from the latent positions of these cells, for others to be projected onto.
+
+        `diffbio.fit` does it; after a training loop of your own, call it before projecting new cells: without
+        it Harmony corrects the cells it is given by themselves, as the published method does.
+        """
+        if self.batch_correction is None:
+            return
+        embeddings = self.normalise(data)["latent"]
+        self.batch_correction.init_from({"embeddings": embeddings, "batch_labels": data["batch_labels"]})
 
     def _unknown(self, labels: jax.Array | None, dtype: Any) -> jax.Array:
         """0 for a cell of a known batch, NaN for another: a traced label cannot raise."""
@@ -292,7 +329,8 @@ class SingleCellPipeline(Operator):
 
     def _adapt(self, header: Mapping[str, Any]) -> None:
         if self.batch_correction is not None:
-            self._build(nnx.Rngs(0), n_clusters=int(header["harmony_clusters"]))
+            n_batches = self.batch_correction.config.n_batches
+            self.batch_correction = self._harmony(int(header["harmony_clusters"]), n_batches)
 
     def _header(self) -> dict[str, Any]:
         harmony = self.batch_correction

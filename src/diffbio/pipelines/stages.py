@@ -131,7 +131,7 @@ def fit_stages(
     folder = None if checkpoint is None else Path(checkpoint)
     run = Run(pipeline, source, settings, folder, resume, {"progress": progress}, schedules)
     n_cells = min(source.n_cells, REFERENCE_CELLS)
-    pipeline.learn_batches(labels, n_cells, seed=run.seed)
+    pipeline.learn_batches(labels, n_cells)
     pipeline.eval_mode()
     if folder is not None:
         if resume and (folder / "pipeline").exists():
@@ -147,7 +147,9 @@ def fit_stages(
         for i in range(JOINT_ROUNDS):
             run.stage(f"joint{i + 1}", lambda i=i: _fit_jointly(run, reference, f"joint{i + 1}"))  # type: ignore[misc]
     pipeline.eval_mode()
-    return History(run.rows)
+    trained = sum(row["stage"] == "vae" for row in run.rows)
+    longest = settings.get("max_epochs", pipeline.vae_normalizer.fit_defaults["max_epochs"])
+    return History(run.rows, stopped_early=trained < longest)
 
 
 def _fit_ambient(run: Run) -> None:

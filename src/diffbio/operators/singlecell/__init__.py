@@ -1,5 +1,11 @@
-"""Operators of the single-cell workflow."""
+"""Operators of the single-cell workflow, those of `operators.normalization` among them."""
 
+from ..normalization import DifferentiableUMAP as DifferentiableUMAP
+from ..normalization import LibrarySizeConfig as LibrarySizeConfig
+from ..normalization import LibrarySizeNormalizer as LibrarySizeNormalizer
+from ..normalization import UMAPConfig as UMAPConfig
+from ..normalization import VAENormalizer as VAENormalizer
+from ..normalization import VAENormalizerConfig as VAENormalizerConfig
 from .ambient_removal import AmbientRemovalConfig as AmbientRemovalConfig
 from .ambient_removal import DifferentiableAmbientRemoval as DifferentiableAmbientRemoval
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig

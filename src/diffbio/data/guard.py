@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -25,6 +28,8 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # One byte of deflate stands for at most 1032; other filters repeat further. Small arrays are let through.
 MAX_EXPANSION = 1032
 HARMLESS_BYTES = 64 << 20
+PROBE = Path(__file__).with_name("probe.py")
+CRASHES = {-getattr(signal, name) for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGXCPU")}
 
 MAGIC = {
     b"\x1f\x8b": "a gzip archive",
@@ -127,13 +132,48 @@ def check_complete(path: Path) -> None:
 
 
 def opened(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading; `InputFileError` if the library cannot."""
+    """Open an HDF5 file for reading; `InputFileError` if the library cannot, or if it crashes on this file."""
     import h5py
 
+    probe(path)
     try:
         return h5py.File(path, "r")
     except Exception as error:
         _refuse("is a damaged HDF5 file, or another program is writing it", path, "make a fresh copy", error)
+
+
+def probe(path: Path) -> None:
+    """Raise `InputFileError` if libhdf5 crashes or hangs on `path`: `probe.py` reads it in a process of its own.
+
+    Each state of a file is probed once; files that diffbio wrote itself are not (`trust`).
+    """
+    state = _state(path)
+    if state in _healthy or not sys.executable:
+        return
+    command = [sys.executable, "-S", "-P", "-W", "ignore", str(PROBE), str(path)]
+    # the modules that this process sees, without what `site` adds; numpy needs no threads to read a file
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+    try:
+        code = subprocess.run(command, env=env, capture_output=True, check=False).returncode
+    except OSError:  # no process can be started here: go on without
+        return
+    if code in CRASHES:
+        how = "does not come to an end with" if code == -signal.SIGXCPU else "crashes on"
+        _refuse(f"is damaged: the HDF5 library {how} it", path, "make a fresh copy")
+    trust(path)
+
+
+def trust(path: Path) -> None:
+    """Take a file, as it is now, for healthy: it was probed, or written by this process."""
+    _healthy.add(_state(path))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    info = path.stat()
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+_healthy: set[tuple[int, ...]] = set()
 
 
 def walk(group: h5py.Group, path: Path) -> Iterator[tuple[str, h5py.Dataset | h5py.Group]]:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from ..errors import DataError, DiffBioError, OutputError
-from .guard import sniff
+from .guard import sniff, trust
 from .matrix import frame_length
 from .plain import plain, to_numpy
 from .read import quiet, read
@@ -129,6 +129,7 @@ def write_results(
         if path.suffix == ".h5ad":
             _sync(scratch)
             scratch.replace(path)
+            trust(path)
         else:
             _swap_folder(scratch, path)
         _sync(path.parent)

@@ -23,6 +23,9 @@ LARGEST_EXPONENT = 80.0  # e^80 and its square root's digits are safe in float32
 def log_rising(x: Float[Array, "*#shape"], theta: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
     """Log of Gamma(x + theta) / (Gamma(theta) theta^x), which is sum_{i < x} log(1 + i / theta) for whole x.
 
+    >>> float(log_rising(jnp.asarray(2.0), jnp.asarray(0.5)))  # log(1 + 1 / 0.5)
+    1.0986...
+
     Exactly 0 at x = 0, and 0 in the limit of large theta. Both gammas are shifted up by their recurrence
     until Stirling's series is exact to the last digit of the dtype, and the difference is taken term by
     term, so that nothing cancels as theta grows.

@@ -18,6 +18,10 @@ class SparseRows:
     index: position row * columns + column of each entry; padding points behind the last position.
     values: the entries.
     shape: (rows, columns) of the dense batch; static, so that one program serves every batch.
+
+    >>> batch = SparseRows(jnp.array([1, 5, 6]), jnp.array([2.0, 3.0, 0.0]), (2, 3))
+    >>> batch.dense().tolist()
+    [[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]
     """
 
     index: Any

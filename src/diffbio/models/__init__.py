@@ -2,3 +2,4 @@
 
 from .scanvi import SCANVI as SCANVI
 from .scvi import SCVI as SCVI
+from .scvi_tools import from_scvi_tools as from_scvi_tools

@@ -9,8 +9,10 @@ environment, `diffbio.models.from_scvi_tools("OUTPUT_FOLDER")`.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +23,8 @@ NOT_KEPT = ("adata", "registry", "datamodule", "use_cuda")  # of the constructor
 
 def export(folder: str, output: str, prefix: str = "") -> None:
     """Writes the model in `folder` to the new folder `output`."""
-    import scvi  # noqa: F401 - the pickle names its classes
-    import torch
-
+    importlib.import_module("scvi")  # the pickle names its classes
+    torch = importlib.import_module("torch")
     saved = torch.load(os.path.join(folder, prefix + "model.pt"), map_location="cpu", weights_only=False)
     attributes = saved["attr_dict"]
     registry = attributes["registry_"]
@@ -44,7 +45,6 @@ def export(folder: str, output: str, prefix: str = "") -> None:
         "var_names": saved["var_names"],
         "batches": fields["batch"]["categorical_mapping"],
         "labels": fields.get("labels", {}).get("categorical_mapping", []),
-        "labels_key": fields.get("labels", {}).get("original_key"),
         "categories": fields.get("extra_categorical_covs", {}).get("mappings", {}),
     }
     os.makedirs(output)
@@ -80,6 +80,8 @@ def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 if __name__ == "__main__":
+    if os.path.abspath(sys.path[0]) == os.path.dirname(os.path.abspath(__file__)):
+        del sys.path[0]  # the folder of this file, whose scvi.py is not scvi-tools
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_folder", help="folder that model.save() wrote")
     parser.add_argument("output_folder", help="folder to write; must not exist")

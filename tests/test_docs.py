@@ -1,6 +1,7 @@
 """Every python block of README and docs/ runs, in order, each page in one namespace."""
 
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -82,7 +83,22 @@ def pipeline_page():
     }
 
 
-PRELUDES = {"single_cell_pipeline.md": pipeline_page}
+def scvi_tools_page():
+    """An exported model, and its cells."""
+    import anndata
+    import pandas as pd
+
+    oracles = ROOT / "tests" / "oracles" / "scvi_tools"
+    shutil.copytree(oracles / "scanvi", "exported")
+    with np.load(oracles / "scanvi.npz") as stored:
+        counts, obs = stored["counts"], {k[4:]: stored[k] for k in stored if k.startswith("obs_")}
+    names = {"index": [f"gene{i}" for i in range(counts.shape[1])]}
+    obs = pd.DataFrame(obs, index=[f"cell{i}" for i in range(len(counts))])
+    anndata.AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(**names)).write_h5ad("annotated.h5ad")
+    return {}
+
+
+PRELUDES = {"single_cell_pipeline.md": pipeline_page, "scvi_tools_models.md": scvi_tools_page}
 # An elision that a reader fills in: the one place where a block is not run word for word.
 ELISIONS = {"jnp.array([0, 0, 1, 1, 2, ...])": "jnp.array([0, 0, 1, 1, 2])"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import losses, operators, pipelines, pl, pp, tl
+    from . import losses, models, operators, pipelines, pl, pp, tl
     from .data.read import read as read
     from .fitting import fit as fit
     from .history import History as History
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = frozenset({"losses", "operators", "pipelines", "pl", "pp", "tl"})
+_MODULES = frozenset({"losses", "models", "operators", "pipelines", "pl", "pp", "tl"})
 _PLACES = {"fit": "fitting", "read": "data.read", "History": "history", "Operator": "operators.base"}
 
-__all__ = ["History", "Operator", "fit", "losses", "operators", "pipelines", "pl", "pp", "read", "tl"]
+__all__ = ["History", "Operator", "fit", "losses", "models", "operators", "pipelines", "pl", "pp", "read", "tl"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 MINIFIED_TYPE = "latent_posterior_parameters"
-START_CELLS = 4096  # that the outputs' start is estimated from
+START_CELLS, START_VALUES = 4096, 10_000_000  # at most, that the outputs' start is estimated from
 # scvi-tools' names of what is noted while training
 HISTORY_NAMES = {"loss": "train_loss", "reconstruction": "reconstruction_loss", "kl": "kl_local"}
 
@@ -51,7 +51,7 @@ class Model:
                 raise ConfigError(msg)
             registry = Registry.read(adata, name)
         self.registry, self.seed = registry, seed
-        self.init_params: dict[str, Any] = dict(init)
+        self.init_params: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in init.items()}
         self.training_history = History([])
         self.is_trained = False
         self.train_indices: np.ndarray | None = None
@@ -109,12 +109,17 @@ class Model:
         ]
         return pd.DataFrame(fields, columns=["field", "key", "size"])
 
-    def cells(self, adata: "AnnData | None" = None) -> CellSource:
+    def cells(self, adata: "AnnData | CellSource | None" = None) -> CellSource:
         """The cells of `adata` (None: those of the model) as the module reads them.
+
+        Args:
+            adata: what this method has given is taken as it is.
 
         Raises:
             DataError: the model has no data, or `adata` does not fit it.
         """
+        if isinstance(adata, CellSource):
+            return adata
         if adata is None or adata is self.adata:
             if self._cells is None:
                 msg = f"{type(self).__name__}: the model was loaded without data; pass adata=."
@@ -168,7 +173,7 @@ class Model:
     def evaluate(
         self,
         function: Any,
-        adata: "AnnData | None" = None,
+        adata: "AnnData | CellSource | None" = None,
         indices: Any = None,
         batch_size: int | None = None,
         *,
@@ -289,7 +294,8 @@ class Model:
         return CellSource(cells.counts, columns, cells.n_cells)
 
     def _start_from(self, rows: np.ndarray, seed: int) -> None:
-        chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:START_CELLS])
+        most = max(1, min(START_CELLS, START_VALUES // len(self.registry.var_names)))
+        chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:most])
         counts = self.cells().counts
         assert counts is not None
         held = counts_of_rows(counts, chosen)

@@ -86,7 +86,7 @@ def compare_groups(
     _check_counts_are_there(cells, how)
     tables = []
     for number, pair in enumerate(_pairs(adata, *groups)):
-        result = _compare(model, adata, cells, pair, how, number)
+        result = _compare(model, cells, pair, how, number)
         table = pd.DataFrame(result, index=pd.Index(list(model.registry.var_names), dtype=object))
         by = "proba_de" if how.mode == "change" else "bayes_factor"
         table = table.sort_values(by, ascending=False, kind="stable")
@@ -135,11 +135,11 @@ def highest_density(samples: np.ndarray, level: float) -> tuple[np.ndarray, np.n
 
 
 def _compare(
-    model: "Queries", adata: "AnnData", cells: CellSource, pair: Pair, how: Comparison, number: int
+    model: "Queries", cells: CellSource, pair: Pair, how: Comparison, number: int
 ) -> dict[str, Any]:
     # the generators of the two groups have to differ: the same noise in both would cancel
     draws = [
-        _fractions(model, adata, rows, batches, how, np.random.SeedSequence([how.seed, number, group]))
+        _fractions(model, cells, rows, batches, how, np.random.SeedSequence([how.seed, number, group]))
         for group, (rows, batches) in enumerate(((pair.rows1, how.batchid1), (pair.rows2, how.batchid2)))
     ]
     scales = {f"scale{i + 1}": np.concatenate(parts).mean(0) for i, parts in enumerate(draws)}
@@ -200,7 +200,7 @@ def _shares_changed(f1: jax.Array, f2: jax.Array, offset: jax.Array, delta: jax.
 
 
 def _fractions(
-    model: "Queries", adata: "AnnData", rows: np.ndarray, batches: Any, how: Comparison, seeds: np.random.SeedSequence
+    model: "Queries", cells: CellSource, rows: np.ndarray, batches: Any, how: Comparison, seeds: np.random.SeedSequence
 ) -> list[np.ndarray]:
     """Gene fractions of draws, (draws, genes), for every batch they are decoded as."""
     chosen: list[Any] = [None]
@@ -210,7 +210,7 @@ def _fractions(
     n = max(2, how.n_samples_overall // len(chosen))
     return [
         model.get_normalized_expression(
-            adata, rows, transform_batch=None if code is None else int(code), n_samples_overall=n,
+            cells, rows, transform_batch=None if code is None else int(code), n_samples_overall=n,
             batch_size=how.batch_size, seed=int(seed),
         )
         for code, seed in zip(chosen, seeds.generate_state(len(chosen)), strict=True)

@@ -12,6 +12,7 @@ from ..chunks import CHUNK_CELLS, Chunk, joined
 from ..errors import ConfigError
 from . import posterior
 from .base import Model, rows_of
+from .cells import CellSource
 from .differential import Comparison, compare_groups
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Queries(Model):
 
     def get_normalized_expression(
         self,
-        adata: "AnnData | None" = None,
+        adata: "AnnData | CellSource | None" = None,
         indices: Any = None,
         transform_batch: Any = None,
         gene_list: Sequence[str] | None = None,
@@ -152,6 +153,8 @@ class Queries(Model):
         if stacked:
             return np.moveaxis(values, 1, 0)
         if return_numpy or n_samples_overall is not None:
+            return values
+        if isinstance(adata, CellSource):
             return values
         names = self._names(adata).obs_names[rows]
         return pd.DataFrame(values, index=names, columns=np.array(self.registry.var_names, dtype=object)[genes])

@@ -50,7 +50,7 @@ class Registry:
             DataError: the counts are none, a covariate has missing values, or a gene name repeats.
         """
         check_setup_counts(adata, setup.get("layer"))
-        setup = {k: list(v) if isinstance(v, tuple) else v for k, v in setup.items()}
+        setup = {k: v.item() if isinstance(v, np.generic) else v for k, v in setup.items()}
         unlabelled = setup.get("unlabeled_category")
         labels = _names_of(adata, setup.get("labels_key"), "labels_key")
         if unlabelled is not None:

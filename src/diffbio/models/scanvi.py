@@ -331,6 +331,8 @@ class SCANVI(Queries):
         # a small share of labels is too dear to hold out: 3 of 31 would judge nothing and be missed
         keep = len(unseen) >= self.fit_defaults["least_held_out_labels"]
         self.held_out_labels = unseen if keep else np.empty(0, int)
+        if self.trainable is None:  # a query keeps the reference's calibration until it has its own
+            self.module.temperature.set_value(jnp.ones(()))
         seen = known.copy()
         seen[self.held_out_labels] = False
         return LabelledBeside(

@@ -8,11 +8,11 @@ import numpy as np
 from flax import nnx
 from scipy import sparse
 
+from ..chunks import CHUNK_CELLS, in_chunks
+from ..chunks import joined as joined
 from ..data.source import ArraySource, Source
 from ..operators.base import Data, Operator
 from ..train import batch_of, dense_on_device
-
-CHUNK_CELLS = 1024
 
 
 def apply_in_chunks(
@@ -35,19 +35,9 @@ def apply_in_chunks(
 def map_chunks(
     function: Callable[[Any, Data], Data], state: Any, source: Source, *, chunk_cells: int = CHUNK_CELLS
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`function(state, batch)` of all cells, compiled once: the last chunk is padded, and the padding cut off."""
-    size = min(chunk_cells, source.n_cells)
+    """`function(state, batch)` of all cells, compiled once."""
     run = jax.jit(lambda state, batch: function(state, dense_on_device(batch)))
-    for start in range(0, source.n_cells, size):
-        rows = np.arange(start, start + size) % source.n_cells
-        kept = min(size, source.n_cells - start)
-        yield {key: value[:kept] for key, value in jax.device_get(run(state, batch_of(source, rows))).items()}
-
-
-def joined(parts: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Chunks put together again."""
-    every = list(parts)
-    return {key: np.concatenate([part[key] for part in every]) for key in every[0]}
+    return in_chunks(lambda batch, number: run(state, batch), source, chunk_cells=chunk_cells)
 
 
 class MappedSource:

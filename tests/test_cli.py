@@ -137,6 +137,7 @@ def test_a_missing_settings_file(capsys, tmp_path, cells, out):
 def test_files_that_are_not_there_or_something_else(capsys, tmp_path, out):
     assert "no such file" in failed(capsys, ["run", tmp_path / "no.h5ad", "-o", out], 3)
     assert "folder" in failed(capsys, ["info", tmp_path], 3)
+    assert "pass the file or folder of the data" in failed(capsys, ["run", tmp_path, "-o", out], 3)
     (tmp_path / "text.h5ad").write_text("gene\tcount\n")
     assert "tab-separated table" in failed(capsys, ["run", tmp_path / "text.h5ad", "-o", out], 3)
     whole = saved(tmp_path).read_bytes()
@@ -168,15 +169,11 @@ def test_values_that_are_no_counts(capsys, tmp_path, out, change, wanted, where)
     (["--batch-key", "donor"], "obs has no column 'donor'; it has batch, cell_type, one, depth"),
     (["--label-key", "type"], "obs has no column 'type'"),
     (["--label-key", "one"], "one class, 'same'"),
-    (["--layer", "raw"], "raw"),
+    (["--layer", "raw"], "layers has no 'raw'; there are none, or leave the layer out to use X"),
     (["--ambient-profile", "soup"], "var has no column 'soup'; it has ambient_profile"),
 ])  # fmt: skip
 def test_names_that_are_not_there(capsys, cells, out, arguments, wanted):
     assert wanted in failed(capsys, ["run", cells, "-o", out, *arguments], 3)
-
-
-def test_a_layer_that_is_not_there_names_the_others(capsys, cells, out):
-    assert "layers holds nothing" in failed(capsys, ["run", cells, "-o", out, "--layer", "raw", "--in-memory"], 3)
 
 
 def test_no_command_shows_the_help(capsys):
@@ -205,10 +202,24 @@ def test_gene_names_twice_and_batches_unknown(capsys, tmp_path, out):
     assert "3 of 120 cells have no value" in failed(capsys, ["run", cells, "-o", out, "--batch-key", "batch"], 3)
 
 
+def test_a_batch_for_every_cell(capsys, tmp_path, out):
+    cells = saved(tmp_path, obs=toy_cells().obs.assign(cell=np.arange(120).astype(str)))
+    said = failed(capsys, ["run", cells, "-o", out, "--batch-key", "cell"], 3)
+    assert "obs['cell']: each of the 120 cells has a value of its own; name another column: batch, cell_type" in said
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_no_cells_or_no_genes(capsys, tmp_path, out, shape):
     cells = write_results(ad.AnnData(sparse.csr_matrix(shape, dtype="f4")), tmp_path / "empty.h5ad", {})
     assert "has no " + ("cells" if shape[0] == 0 else "genes") in failed(capsys, ["run", cells, "-o", out], 3)
+
+
+@pytest.mark.parametrize("where", ["--stream", "--in-memory"])
+def test_nothing_but_zeros(capsys, tmp_path, out, where):
+    cells = saved(tmp_path, X=sparse.csr_matrix((120, 50), dtype="f4"))
+    said = failed(capsys, ["run", cells, "-o", out, where], 3)
+    assert "X: all 120 x 50 values are zero; pass the layer that holds the counts (--layer)" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.h5ad"]
 
 
 def test_an_ambient_profile_that_is_none(capsys, tmp_path, out):
@@ -236,9 +247,18 @@ def test_the_output_is_checked_before_training(capsys, tmp_path, cells, out, mon
     assert "must end in .h5ad or .zarr" in failed(capsys, ["run", cells, "-o", tmp_path / "out.csv"], 5)
     assert "does not exist" in failed(capsys, ["run", cells, "-o", tmp_path / "no" / "out.h5ad"], 5)
     assert "cannot be made" in failed(capsys, ["run", cells, "-o", tmp_path / "o.h5ad", "--figures", out / "x"], 5)
+    taken = ["run", cells, "-o", tmp_path / "o.h5ad", "--figures", out]
+    assert "is a file; " in (said := failed(capsys, taken, 5))
+    assert "choose another folder" in said
     (tmp_path / "report.html").write_text("mine")
     assert "exists" in failed(capsys, ["report", cells, "-o", tmp_path / "report.html"], 5)
     assert out.read_bytes() == b"something"
+
+
+def test_a_report_needs_results(capsys, tmp_path, cells):
+    said = failed(capsys, ["report", cells, "-o", tmp_path / "report.html"], 3)
+    assert f"holds no results of diffbio; {cells}; first: diffbio run" in said
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_demo_does_not_write_into_a_folder_with_other_things(capsys, tmp_path):

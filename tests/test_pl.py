@@ -42,6 +42,15 @@ def _closed():
     plt.close("all")
 
 
+def test_a_map_is_as_wide_whatever_the_legend_takes():
+    adata = results()
+    adata.obs["many"] = [f"a population with a long name {i % 30}" for i in range(120)]
+    for column in ("one", "diffbio_cluster", "many", "depth"):
+        ax = pl.embed(adata, color=column)
+        ax.figure.draw_without_rendering()
+        assert ax.get_window_extent().width / ax.figure.dpi == pytest.approx(pl.MAP_WIDTH, rel=0.02), column
+
+
 def test_every_tool_has_a_figure():
     adata = results()
     pp.highly_variable(adata, n_top_genes=10)

@@ -198,12 +198,16 @@ def report(
 ) -> None:
     """Write a page about the results in a file: warnings, figures, settings, versions."""
     from .data.read import read
-    from .report.page import write_report
+    from .report.page import has_results, write_report
 
     if output.exists() and not force:
         msg = f"exists; {output}; choose another name, or pass --force"
         raise OutputError(msg)
-    say(f"wrote {write_report(read(file, backed=file.suffix == '.h5ad'), output)}")
+    adata = read(file, backed=file.suffix == ".h5ad")
+    if not has_results(adata):
+        msg = f"holds no results of diffbio; {file}; first: diffbio run {shlex.quote(str(file))} -o out.h5ad"
+        raise InputFileError(msg)
+    say(f"wrote {write_report(adata, output)}")
 
 
 @app.command()
@@ -325,6 +329,9 @@ def _size(path: Path) -> int:
 
 
 def _make(folder: Path) -> None:
+    if folder.is_file():
+        msg = f"is a file; {folder}; choose another folder"
+        raise OutputError(msg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -405,10 +412,14 @@ def _signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warnings(*, debug: bool) -> Iterator[None]:
-    """Shows warnings about the data as `warning: ...`; others are for developers (--debug)."""
+    """Shows warnings about the data as `warning: ...`, each once; others are for developers (--debug)."""
+    said = set()
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, DataWarning):
+            if str(message) in said:
+                return
+            said.add(str(message))
             say(f"warning: {' '.join(str(message).split())}", err=True)
         elif debug:
             say(warnings.formatwarning(message, category, *where[:2]).rstrip(), err=True)

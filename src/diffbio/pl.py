@@ -19,6 +19,7 @@ PALETTE = (
 GREY = "#B8B8B8"
 LEGEND_ROWS = 16
 LONGEST_NAME = 28
+MAP_WIDTH = 4.2  # inches
 NAME_EXTENT = 0.05  # of the map; a name on a smaller group of cells would hide them
 NAMES_OF_MAPS = {
     "umap": "UMAP",
@@ -268,11 +269,22 @@ def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "A
         xy, axis = pca(xy, 2).scores, f"PC of {axis}"
     if xy.shape[1] == 1:
         xy = np.column_stack([xy[:, 0], np.zeros(len(xy))])
-    ax = ax or _figure((5.2, 4))
+    own = ax is None
+    ax = ax or _figure((16, 4))  # room for any legend
     column = None if color is None else _column(adata, color)
     scatter(ax, xy, column, title="" if color is None else _short(color))
     ax.set(xlabel=f"{axis} 1", ylabel=f"{axis} 2")
+    if own:
+        _widen(ax, MAP_WIDTH)
     return ax
+
+
+def _widen(ax: "Axes", inches: float) -> None:
+    """Changes the width of the figure so that the axes are `inches` wide, whatever the legend takes."""
+    figure: Any = ax.figure
+    for _ in range(2):  # a colour bar takes a share of the width: the first change is not exact
+        figure.draw_without_rendering()
+        figure.set_figwidth(figure.get_figwidth() + inches - ax.get_window_extent().width / figure.dpi)
 
 
 def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") -> None:

@@ -12,11 +12,11 @@ def obs(**columns):
 
 
 def test_codes_follow_the_categories_or_the_alphabet():
-    codes, names = batch_codes(obs(b=["y", "x", "y"]), "b")
-    assert (codes.tolist(), names, codes.dtype) == ([1, 0, 1], ["x", "y"], np.int32)
-    ordered = pd.Categorical(["y", "x", "y"], categories=["z", "y", "x"])
+    codes, names = batch_codes(obs(b=["y", "x", "y", "x"]), "b")
+    assert (codes.tolist(), names, codes.dtype) == ([1, 0, 1, 0], ["x", "y"], np.int32)
+    ordered = pd.Categorical(["y", "x", "y", "x"], categories=["z", "y", "x"])
     assert batch_codes(obs(b=ordered), "b")[1] == ["y", "x"]
-    assert batch_codes(obs(b=[10, 2, 10]), "b")[1] == ["2", "10"]
+    assert batch_codes(obs(b=[10, 2, 10, 2]), "b")[1] == ["2", "10"]
 
 
 def test_no_such_column():
@@ -39,8 +39,12 @@ def test_one_batch_and_a_batch_per_cell():
     with pytest.warns(DataWarning, match="one value, 'x'"):
         codes, _ = batch_codes(obs(b=["x", "x"]), "b")
     assert codes.tolist() == [0, 0]
-    with pytest.warns(DataWarning, match="every cell has its own"):
-        batch_codes(obs(b=["x", "y", "z"]), "b")
+    with pytest.raises(DataError, match="each of the 3 cells has a value of its own; name another column: donor"):
+        batch_codes(obs(b=["x", "y", "z"], donor=["1", "1", "2"]), "b")
+    with pytest.warns(DataWarning, match="1 of 2 batches have a single cell, such as 'y'"):
+        batch_codes(obs(b=["x", "y", "x"]), "b")
+    with pytest.warns(DataWarning, match="one value"):
+        batch_codes(obs(b=["x"]), "b")
 
 
 def test_labels_partly_known():

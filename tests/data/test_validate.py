@@ -97,6 +97,7 @@ def test_large_counts():
     [
         (np.zeros((0, 5)), "no cells"),
         (np.zeros((5, 0)), "no genes"),
+        (np.zeros((5, 4)), "all 5 x 4 values are zero; pass the layer that holds the counts"),
         (np.zeros(5), "expected (cells, genes)"),
         (None, "no matrix there"),
         (np.array([["a", "b"]]), "expected integers or floats"),

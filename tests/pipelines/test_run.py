@@ -4,9 +4,9 @@ from toy_cells import toy_cells
 
 from diffbio.data import highly_variable_genes, write_results
 from diffbio.data.tables import should_stream, tables_of
-from diffbio.errors import ConfigError, DataWarning
+from diffbio.errors import ConfigError, DataWarning, MissingKeyError
 from diffbio.pipelines import SingleCellPipelineConfig
-from diffbio.pipelines.run import RunSettings, _pipeline_for, known_settings, prepare, sorted_out
+from diffbio.pipelines.run import Analysis, RunSettings, _pipeline_for, known_settings, prepare, sorted_out
 
 
 def test_settings_go_where_they_belong():
@@ -61,6 +61,28 @@ def test_a_file_left_on_disk_gives_the_same_cells(tmp_path, suffix):
     for key, value in here.source.take(rows).items():
         np.testing.assert_array_equal(value, there.source.take(rows)[key])
     assert here.counts == there.counts
+
+
+def test_clusters_without_cells_are_noted():
+    analysis = Analysis(None, None, None, {"warnings": np.array(["an older one"])})
+    analysis._look_for_small(np.eye(5)[[0, 0, 1, 1, 2, 2, 3]])
+    assert analysis.notes == ["2 of 5 clusters have less than 2 cells; ask for fewer (n_clusters)"]
+    assert list(analysis.record["warnings"]) == ["an older one", *analysis.notes]
+    fine = Analysis(None, None, None, {"warnings": np.array([])})
+    fine._look_for_small(np.eye(2)[[0, 0, 1, 1]])
+    assert fine.notes == []
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_layer_that_is_not_there(tmp_path, on_disk):
+    adata = toy_cells()
+    path = write_results(adata, tmp_path / "none.h5ad", {})
+    with pytest.raises(MissingKeyError, match=r"layers has no 'raw'; there are none, or leave the layer out to use X"):
+        prepare(path if on_disk else adata, RunSettings(layer="raw"))
+    adata.layers["counts"] = adata.layers["spliced"] = adata.X
+    path = write_results(adata, tmp_path / "two.h5ad", {})
+    with pytest.raises(MissingKeyError, match=r"it has counts, spliced; name one of them \(--layer\)"):
+        prepare(path if on_disk else adata, RunSettings(layer="raw"))
 
 
 def test_tables_and_size_of_a_file(tmp_path, monkeypatch):

@@ -47,11 +47,11 @@ def batch_codes(obs: pd.DataFrame, key: str) -> tuple[NDArray[np.int32], list[st
     Raises
     ------
     MissingKeyError : no such column; the columns there are get listed.
-    DataError : a cell has no value.
+    DataError : a cell has no value, or every cell is a batch of its own.
 
     Warns
     -----
-    DataWarning : there is only one batch, or every cell is its own.
+    DataWarning : there is only one batch, or a batch of one cell.
     """
     import pandas as pd
 
@@ -70,8 +70,14 @@ def batch_codes(obs: pd.DataFrame, key: str) -> tuple[NDArray[np.int32], list[st
     names = [str(name) for name in column.categories]
     if len(names) == 1:
         _warn(f"obs[{key!r}] holds one value, {names[0]!r}: there is nothing to correct")
-    elif len(names) == len(obs) > 1:
-        _warn(f"obs[{key!r}]: every cell has its own value; is it the right column?")
+        return column.codes.astype(np.int32), names
+    if len(names) == len(obs):
+        others = ", ".join(str(name) for name in obs.columns if name != key) or "none"
+        msg = f"obs[{key!r}]: each of the {len(obs)} cells has a value of its own; name another column: {others}"
+        raise DataError(msg)
+    alone = [name for name, size in zip(names, np.bincount(column.codes), strict=True) if size == 1]
+    if alone:
+        _warn(f"obs[{key!r}]: {len(alone)} of {len(names)} batches have a single cell, such as {alone[0]!r}")
     return column.codes.astype(np.int32), names
 
 

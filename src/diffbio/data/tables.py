@@ -67,7 +67,7 @@ def should_stream(path: str | Path) -> bool:
 
 
 def _of_anndata(adata: Any, kind: str | None) -> Tables:
-    names = {slot: list(map(str, getattr(adata, slot))) for slot in SLOTS}
+    names = {slot: [str(name) for name in getattr(adata, slot) if name is not None] for slot in SLOTS}
     parts = [adata.X, *adata.layers.values()] if not adata.isbacked else []
     n_bytes = sum(_n_bytes(part) for part in parts if part is not None)
     return Tables(adata.obs, adata.var, names, n_bytes, kind)

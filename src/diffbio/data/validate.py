@@ -52,8 +52,8 @@ def check_counts(
 
     Raises
     ------
-    DataError : no cells or genes; NaN or infinite, negative, non-integer or log-transformed values; a count
-        above 2^31; repeated gene names.
+    DataError : no cells or genes; nothing but zeros; NaN or infinite, negative, non-integer or log-transformed
+        values; a count above 2^31; repeated gene names.
 
     Warns
     -----
@@ -92,6 +92,9 @@ def check_counts(
         cells_empty += int((np.diff(np.concatenate([[0], np.cumsum(used)])[rows.starts]) == 0).sum())
         n_values += int(used.sum())
         total += float(values.sum(dtype=np.float64))
+    if not n_values:
+        msg = f"{name}: all {n_cells} x {n_genes} values are zero; pass the layer that holds the counts (--layer)"
+        raise DataError(msg)
     if fractional is not None:
         logged = largest < LOG_MAXIMUM or "log1p" in uns
         _non_integer(place, n_fractional, fractional, largest, logged=logged, allowed=allow_non_integer)

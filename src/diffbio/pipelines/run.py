@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import typing
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..data.source import Source, as_source, counts_of
 from ..data.tables import tables_of
 from ..data.validate import check_ambient_profile, check_counts
 from ..data.write import RowStream, add_results
-from ..errors import ConfigError, MissingKeyError
+from ..errors import ConfigError, DataWarning, MissingKeyError
 from ..fitting import fit
 from ..history import History
 from ..operators.base import Config, Operator, _is_a, _say_type, nonnegative, positive
@@ -181,6 +182,11 @@ def prepare(data: AnnData | str | Path, run: RunSettings) -> Prepared:
     """
     skipped: dict[str, str] = {}
     obs, var, names, _, _ = tables_of(data)
+    if run.layer is not None and run.layer not in names["layers"]:
+        others = ", ".join(names["layers"])
+        fix = f"it has {others}; name one of them (--layer)" if others else "there are none"
+        msg = f"layers has no {run.layer!r}; {fix}, or leave the layer out to use X"
+        raise MissingKeyError(msg)
     matrix = counts_of(data, layer=run.layer)
     summary = check_counts(
         matrix,
@@ -297,6 +303,7 @@ class Analysis:
     prepared: Prepared
     history: History
     record: dict[str, Any]  # of uns["diffbio"]["pipeline"]
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the results show to be doubtful
 
     def results(self, *, normalized: bool = False) -> dict[str, Any]:
         """What `write_results` and `add_results` take: place -> values; layers are computed while written."""
@@ -315,6 +322,7 @@ class Analysis:
         results: dict[str, Any] = dict(arrays)
         if "cluster_assignments" in arrays:
             self._score(arrays["cluster_assignments"])
+            self._look_for_small(arrays["cluster_assignments"])
         if ambient is not None:
             found = joined(apply_in_chunks(ambient, source, ["contamination_fraction"]))
             results[f"obs/{slots.AMBIENT_FRACTION}"] = found["contamination_fraction"]
@@ -333,6 +341,8 @@ class Analysis:
     def add_to(self, adata: AnnData, *, normalized: bool = False) -> None:
         """Adds the results to an AnnData in memory."""
         results = self.results(normalized=normalized)
+        for note in self.notes:
+            warnings.warn(note, DataWarning, stacklevel=3)
         for key, value in results.items():
             if isinstance(value, RowStream):
                 blocks = [sparse.csr_array(block) for block in value.chunks]
@@ -357,6 +367,7 @@ class Analysis:
             )
         if "layers" in self.record:
             lines.append(f"layers are {self.record['layers']} (var[{slots.VARIABLE!r}])")
+        lines += [f"note: {note}" for note in self.notes]
         return lines + [f"not run: {stage} ({reason})" for stage, reason in self.prepared.skipped.items()]
 
     def _score(self, assignments: np.ndarray) -> None:
@@ -369,6 +380,15 @@ class Analysis:
         found, known = assignments[labels >= 0].argmax(axis=1), labels[labels >= 0]
         scores = {"ARI": adjusted_rand_score(known, found), "NMI": normalized_mutual_info_score(known, found)}
         self.record["scores"] = {name: float(score) for name, score in scores.items()}
+
+    def _look_for_small(self, assignments: np.ndarray) -> None:
+        """Notes clusters of less than two cells: more were asked for than these cells hold."""
+        n_cells, n_clusters = assignments.shape
+        sizes = np.bincount(assignments.argmax(axis=1), minlength=n_clusters)
+        n_small = int((sizes < 2).sum())
+        if n_small and n_cells > 1:
+            self.notes = [f"{n_small} of {n_clusters} clusters have less than 2 cells; ask for fewer (n_clusters)"]
+            self.record["warnings"] = plain(list(dict.fromkeys([*map(str, self.record["warnings"]), *self.notes])))
 
     def _layer(self, key: str) -> RowStream:
         chunks = (chunk[key] for chunk in apply_in_chunks(self.pipeline, self.prepared.source, [key]))

@@ -89,11 +89,17 @@ def page(adata: "AnnData") -> str:
     )
 
 
+def has_results(adata: "AnnData") -> bool:
+    """Whether diffbio wrote anything into these cells."""
+    records = adata.uns.get("diffbio", {})
+    return hasattr(records, "items") and bool(records)
+
+
 def notes_of(adata: "AnnData") -> list[str]:
     """Warnings, stages that did not run, outputs of untrained weights: what a reader has to know first."""
-    records = adata.uns.get("diffbio", {})
-    if not hasattr(records, "items") or not records:
+    if not has_results(adata):
         return ["This file holds no results of diffbio."]
+    records = adata.uns["diffbio"]
     notes = []
     for name, record in records.items():
         if not hasattr(record, "get"):

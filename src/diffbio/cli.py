@@ -292,6 +292,7 @@ def _run(
     from .data.tables import should_stream
     from .errors import TrainingInterrupted
     from .pipelines.run import analyse, sorted_out
+    from .pipelines.stages import forget
 
     sorted_out(settings)
     on_disk = should_stream(cells) if stream is None else stream
@@ -309,7 +310,7 @@ def _run(
     results = analysis.results(normalized=normalized)
     write_results(cells, output, results, overwrite=force)
     if checkpoint is None:
-        _remove_checkpoint(folder)
+        forget(folder)
     written = [output]
     if figures is not None:
         from .data.read import read
@@ -341,16 +342,6 @@ def _make(folder: Path) -> None:
     if not writable:
         msg = f"cannot be written to; {folder}; choose another folder"
         raise OutputError(msg)
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    """Removes the model folders in `folder`, then `folder` if nothing else is in it."""
-    import shutil
-
-    for header in folder.glob("*/model.json"):
-        shutil.rmtree(header.parent, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def say(line: str, *, err: bool = False) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from .errors import ModelFileError, OutputError
+from .scratch import remove, scratch_beside
 
 FORMAT_VERSION = 1
 HEADER, WEIGHTS = "model.json", "weights.safetensors"
@@ -38,14 +38,17 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
     if path.is_symlink() or (path.exists() and not (path / HEADER).is_file()):
         msg = f"save: {path} exists and is not a diffbio model folder; choose another path."
         raise OutputError(msg)
+    if path.exists() and kind_of(path) != header.get("kind"):
+        msg = f"save: {path} holds {kind_of(path) or 'a model'}, not {header.get('kind') or 'a model'}; choose another path."
+        raise OutputError(msg)
     weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
     text = json.dumps({"format_version": FORMAT_VERSION, "sha256": digest, **header}, indent=1)
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        scratch.chmod(0o755)
+        scratch = scratch_beside(path)
+        scratch.mkdir()
         _write(scratch / WEIGHTS, weights)
         _write(scratch / HEADER, text.encode())
         _swap(scratch, path)
@@ -54,8 +57,22 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
         raise OutputError(msg) from error
     finally:
         if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove(scratch)
     return path
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is a model folder at `path`, or was one when a save was cut off."""
+    return _settled(Path(path)).is_dir()
+
+
+def kind_of(path: Path) -> str | None:
+    """What a folder says that it holds besides a model: 'checkpoint', 'pipeline stages'; None for a model."""
+    try:
+        kind = json.loads((path / HEADER).read_text()).get("kind")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return kind if isinstance(kind, str) else None
 
 
 def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

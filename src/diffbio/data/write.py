@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from ..errors import DataError, DiffBioError, OutputError
+from ..scratch import ASIDE, remove, remove_stale, scratch_beside
 from .guard import sniff, trust
 from .matrix import frame_length
 from .plain import plain, to_numpy
@@ -64,13 +64,14 @@ def check_output(path: str | Path, overwrite: bool = False, *, n_bytes: int = 0)
     if path.suffix not in (".h5ad", ".zarr"):
         _refuse("name must end in .h5ad or .zarr", path, "choose such a name")
     try:
+        remove_stale(path.parent, path.name)
         if path.is_symlink():
             _refuse("is a symbolic link", path, "name the file itself")
         if path.exists():
             _check_existing(path, overwrite=overwrite)
         if not path.parent.is_dir():
             _refuse("its folder does not exist", path, f"make it first: mkdir -p {path.parent}")
-        probe = _scratch_name(path)
+        probe = scratch_beside(path)
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         probe.unlink()
         free = shutil.disk_usage(path.parent).free
@@ -118,7 +119,7 @@ def write_results(
     """
     path = check_output(path, overwrite)
     elements = _elements(results)
-    scratch = _scratch_name(path)
+    scratch = scratch_beside(path)
     try:
         _base(data, scratch, path.suffix)
         with _open_for_adding(scratch, path.suffix) as store:
@@ -140,7 +141,7 @@ def write_results(
         what = "no space left on the disk" if full else f"cannot be written ({type(error).__name__})"
         _refuse(what, path, "make room or choose another folder; nothing was changed", error)
     finally:
-        _remove(scratch)
+        remove(scratch)
     return path
 
 
@@ -183,10 +184,6 @@ def _check_existing(path: Path, *, overwrite: bool) -> None:
         _refuse(f"exists and is no {path.suffix} data", path, "choose another name")
 
 
-def _scratch_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -195,20 +192,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 def _swap_folder(scratch: Path, path: Path) -> None:
     """Put folder `scratch` at `path`; if that fails the old folder comes back."""
     for folder, _, files in scratch.walk():
         for name in files:
             _sync(folder / name)
-    aside = path.with_name(f"{scratch.name}.old")
+    aside = path.with_name(scratch.name + ASIDE)
     existed = path.exists()
     if existed:
         path.rename(aside)
@@ -218,7 +207,7 @@ def _swap_folder(scratch: Path, path: Path) -> None:
         if existed:
             aside.rename(path)
         raise
-    _remove(aside)
+    remove(aside)
 
 
 def _elements(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How a `SingleCellPipeline` is trained: each stage on what the one before gives, then all of them jointly."""
 
+import contextlib
 import dataclasses
 import inspect
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from ..data.source import ArraySource, Source
 from ..errors import ModelFileError
 from ..history import History
 from ..operators.base import Operator, to_numpy
-from ..train import Sampler, Schedule, Settings, train
+from ..scratch import remove, remove_stale
+from ..train import Sampler, Schedule, Settings, data_and_versions, same, train
 from .inference import MappedSource, apply_in_chunks, column, in_memory, joined, map_chunks
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 REFERENCE_CELLS = 50_000
 # Small steps of the whole pipeline refine a stage's own training and do not undo it.
 JOINT = {"max_epochs": 20, "learning_rate": 3e-4, "validation": 0.0}
+PROGRESS = "pipeline stages"  # kind of the folder that is written between two stages
 JOINT_ROUNDS = 2  # after each, Harmony is learned again on the moved latent space
 
 
@@ -45,6 +47,11 @@ class Run:
     schedules: Mapping[str, Schedule] | None
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     done: list[str] = dataclasses.field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to go on between two stages."""
+        settings = {k: v for k, v in self.settings.items() if k not in {"max_epochs", "patience"}}
+        return {"config": repr(self.pipeline.config), "settings": settings, **data_and_versions(self.source)}
 
     @property
     def seed(self) -> int:
@@ -77,7 +84,7 @@ class Run:
             sampler=sampler,
             schedules=self.schedules_of(model),
             checkpoint=folder,
-            resume=self.resume and folder is not None and folder.exists(),
+            resume=self.resume and folder is not None and storage.exists(folder),
             label=stage,
             **self.how,
         )
@@ -134,10 +141,10 @@ def fit_stages(
     pipeline.learn_batches(labels, n_cells)
     pipeline.eval_mode()
     if folder is not None:
-        if resume and (folder / "pipeline").exists():
+        if resume and storage.exists(folder / "pipeline"):
             load_progress(run)
         elif not resume:
-            _forget(folder)
+            forget(folder)
     if pipeline.ambient_removal is not None:
         run.stage("ambient", lambda: _fit_ambient(run))
     run.stage("vae", lambda: _fit_vae(run, optimizer))
@@ -260,7 +267,7 @@ def save_progress(run: Run) -> None:
     """Writes the pipeline between two stages."""
     assert run.checkpoint is not None
     arrays = {key: to_numpy(value) for key, value in run.pipeline.saved_state().items()}
-    header = {"kind": "pipeline stages", "config": repr(run.pipeline.config), "done": run.done, "rows": run.rows}
+    header = {"kind": PROGRESS, **run.identity(), "done": run.done, "rows": run.rows}
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     storage.save_folder(run.checkpoint / "pipeline", header, arrays)
 
@@ -269,20 +276,25 @@ def load_progress(run: Run) -> None:
     """Puts the pipeline back to where `save_progress` left it."""
     assert run.checkpoint is not None
     header, arrays = storage.load_folder(run.checkpoint / "pipeline")
-    if header.get("kind") != "pipeline stages" or header.get("config") != repr(run.pipeline.config):
-        msg = (
-            f"resume: config differs: the checkpoint {run.checkpoint} has {header.get('config')}, this run has "
-            f"{run.pipeline.config!r}."
-        )
+    if header.get("kind") != PROGRESS:
+        msg = f"resume: {run.checkpoint / 'pipeline'} holds no stages of a run; name the checkpoint of this pipeline."
         raise ModelFileError(msg)
+    same(header, run.identity(), run.checkpoint)
     run.pipeline.restore(arrays, where=str(run.checkpoint))
     run.done, run.rows = list(header["done"]), list(header["rows"])
 
 
-def _forget(folder: Path) -> None:
-    """Removes the model folders of an earlier run, which a later resume would take for this one's."""
+def forget(folder: Path) -> None:
+    """Removes the checkpoints in `folder`, which a later resume would take for its own; then it, if empty.
+
+    Saved models and other files that stand there stay.
+    """
+    remove_stale(folder)
     for header in folder.glob(f"*/{storage.HEADER}"):
-        shutil.rmtree(header.parent)
+        if storage.kind_of(header.parent) in {"checkpoint", PROGRESS}:
+            remove(header.parent)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _some(source: Any, n_cells: int | None, seed: int) -> dict[str, np.ndarray]:

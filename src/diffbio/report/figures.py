@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pl
 from ..errors import OutputError
+from ..scratch import remove, scratch_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,22 +101,18 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    scratch = None
+    scratch = scratch_beside(path)
     try:
-        descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
+        with scratch.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(scratch).chmod(0o666 & ~mask)
-        Path(scratch).replace(path)
+        scratch.replace(path)
     except OSError as error:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
         msg = f"cannot be written ({error.strerror or error}); {path}; free space or choose another folder"
         raise OutputError(msg) from error
+    finally:
+        remove(scratch)
 
 
 def _training(adata: "AnnData", stages: list[str]) -> "Figure":

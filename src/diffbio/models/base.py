@@ -21,6 +21,7 @@ from ..operators.base import from_numpy, to_numpy
 from ..train import Settings, Split, split, train
 from . import posterior, surgery
 from .cells import LATENT_MEAN, LATENT_VAR, LIBRARY, CellSource, cells_of, counts_of_rows, library_sizes
+from .defaults import scvi_epochs
 from .registry import MINIFIED, Registry
 from .training import Trainee, masked, plan_of
 
@@ -232,6 +233,8 @@ class Model:
     ) -> History:
         resume = resume and checkpoint is not None and Path(checkpoint).exists()
         n_train = len(held_out.train)
+        if self.trainable is not None:  # a decay would pull the new weights away from the known ones they start at
+            plan_kwargs = {"weight_decay": 0.0, **(plan_kwargs or {})}
         plan = plan_of(
             self.fit_defaults, plan_kwargs, max_epochs=settings.max_epochs,
             steps_per_epoch=max(1, n_train // settings.batch_size),
@@ -274,7 +277,7 @@ class Model:
             raise ConfigError(msg)
         patience = defaults["patience"] if early_stopping_patience is None else early_stopping_patience
         chosen: dict[str, Any] = {
-            "max_epochs": _epochs(n_cells, defaults["max_epochs"]) if max_epochs is None else max_epochs,
+            "max_epochs": self._default_epochs(n_cells) if max_epochs is None else max_epochs,
             "batch_size": defaults["batch_size"] if batch_size is None else batch_size,
             "validation": round(1.0 - train_size, 6),
             "patience": patience if early_stopping else None,
@@ -284,6 +287,9 @@ class Model:
         if early_stopping_min_delta is not None:
             chosen["min_delta"] = early_stopping_min_delta
         return Settings(**chosen)
+
+    def _default_epochs(self, n_cells: int) -> int:
+        return scvi_epochs(n_cells)
 
     def _trainable_cells(self) -> CellSource:
         cells = self.cells()
@@ -538,10 +544,5 @@ def _library_prior(counts: Source, batch: np.ndarray | None, n_batches: int) -> 
     for code in np.unique(batch):
         mean[code], var[code] = log_size[batch == code].mean(), max(float(log_size[batch == code].var()), 1e-4)
     return mean.astype(np.float32), var.astype(np.float32)
-
-
-def _epochs(n_cells: int, most: int) -> int:
-    """As many passes over many cells as make `most` passes over 20,000, scvi-tools' rule."""
-    return max(1, min(most, round(20_000 / n_cells * most)))
 
 

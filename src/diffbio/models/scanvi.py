@@ -230,8 +230,6 @@ class SCANVI(Queries):
             msg = f"train: n_samples_per_label must be at least 1 or None, got {n_samples_per_label!r}."
             raise ConfigError(msg)
         cells = self._trainable_cells()
-        if max_epochs is None and self.was_pretrained:
-            max_epochs = self.fit_defaults["max_epochs_pretrained"]
         if self.was_pretrained:
             warm_up = {"n_epochs_kl_warmup": self.fit_defaults["n_epochs_kl_warmup_pretrained"]}
             plan_kwargs = {**warm_up, **(plan_kwargs or {})}
@@ -316,6 +314,10 @@ class SCANVI(Queries):
     def temperature(self) -> float:
         """What the logits are divided by: above 1 where the classifier was too sure of itself."""
         return float(self.module.temperature[...])
+
+    def _default_epochs(self, n_cells: int) -> int:
+        epochs = super()._default_epochs(n_cells)
+        return min(epochs, self.fit_defaults["max_epochs_pretrained"]) if self.was_pretrained else epochs
 
     def _log_probabilities(
         self, adata: "AnnData | None", indices: Any, batch_size: int | None, *, draw: bool = False, seed: int = 0

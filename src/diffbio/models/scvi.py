@@ -8,6 +8,7 @@ from ..history import History
 from ..nn.scvi import SCVI as Module
 from ..train import Split
 from .base import setup
+from .defaults import SCVI_TRAINING
 from .queries import Queries
 
 if TYPE_CHECKING:
@@ -39,19 +40,7 @@ class SCVI(Queries):
     """
 
     module_class = Module
-    fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 400,  # of 20,000 cells or fewer; of more in proportion fewer
-        "batch_size": 128,
-        "train_size": 0.9,
-        "patience": 30,
-        "optimizer": "Adam",
-        "lr": 1e-3,
-        "eps": 1e-8,
-        "weight_decay": 1e-6,
-        "n_epochs_kl_warmup": 50,
-        "min_kl_weight": 0.0,
-        "max_kl_weight": 1.0,
-    }
+    fit_defaults: ClassVar[Mapping[str, Any]] = SCVI_TRAINING
 
     def __init__(
         self,
@@ -130,7 +119,7 @@ class SCVI(Queries):
         What is left at None is in `fit_defaults`.
 
         Args:
-            max_epochs: passes over the cells at most; of more than 20,000 cells the default is less.
+            max_epochs: passes over the cells at most; the default, `defaults.scvi_epochs`, falls with their number.
             train_size: fraction of the cells to train on; the others decide when to stop.
             batch_size: cells in a minibatch.
             early_stopping: stops when the held-out bound has not become better for
@@ -138,8 +127,9 @@ class SCVI(Queries):
             early_stopping_patience: see above.
             early_stopping_min_delta: by how much, relative to the loss, a better one must be better.
             gradient_clip_val: largest norm of a gradient.
-            plan_kwargs: lr, eps, weight_decay, optimizer ('Adam' | 'AdamW' | an optax optimizer),
-                n_epochs_kl_warmup, n_steps_kl_warmup, min_kl_weight, max_kl_weight.
+            plan_kwargs: lr, lr_schedule ('cosine' | 'constant'), lr_warmup (share of the steps), eps, weight_decay,
+                decay_matrices_only, optimizer ('Adam' | 'AdamW' | an optax optimizer), n_epochs_kl_warmup,
+                n_steps_kl_warmup, min_kl_weight, max_kl_weight.
             checkpoint: folder to save to every half minute and on SIGINT or SIGTERM.
             resume: goes on from `checkpoint` if it is there, bit-identical to a run that was never stopped.
             progress: a bar on a terminal, a line per epoch elsewhere.

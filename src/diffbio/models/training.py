@@ -1,6 +1,6 @@
 """How the models are trained: scvi-tools' plan arguments in terms of `diffbio.train`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ def plan_of(
     A warm-up of the default length takes at most a quarter of max_epochs, so that it ends before training does.
 
     plan_kwargs, beside what `defaults` names: n_steps_kl_warmup counts the warm-up in minibatches and goes
-    before n_epochs_kl_warmup; optimizer may be any optax optimizer.
+    before n_epochs_kl_warmup; optimizer may be any optax optimizer, which settles the rate by itself.
 
     Raises:
         ConfigError: an argument is unknown or out of range.
@@ -43,7 +43,10 @@ def plan_of(
     if isinstance(plan["optimizer"], str) and plan["optimizer"] not in OPTIMIZERS:
         msg = f"train: optimizer must be an optax optimizer or one of {OPTIMIZERS}, got {plan['optimizer']!r}."
         raise ConfigError(msg)
-    for key in ("lr", "eps", "weight_decay", "min_kl_weight", "max_kl_weight", "classification_ratio"):
+    if plan["lr_schedule"] not in RATES:
+        msg = f"train: lr_schedule must be one of {RATES}, got {plan['lr_schedule']!r}."
+        raise ConfigError(msg)
+    for key in ("lr", "eps", "weight_decay", "lr_warmup", "min_kl_weight", "max_kl_weight", "classification_ratio"):
         if plan.get(key, 0.0) < 0 or (key in {"lr", "eps"} and not plan[key] > 0):
             msg = f"train: {key} must be {'above 0' if key in {'lr', 'eps'} else 'at least 0'}, got {plan[key]!r}."
             raise ConfigError(msg)
@@ -55,10 +58,14 @@ def plan_of(
     schedules = {"kl_weight": warm_up(epochs, plan["min_kl_weight"], plan["max_kl_weight"])}
     if "classification_ratio" in plan:
         schedules["classification_weight"] = constant(plan["classification_ratio"])
-    return Plan(_optimizer(plan), schedules)
+    return Plan(_optimizer(plan, max_epochs * steps_per_epoch), schedules)
 
 
-PLAN_KEYS = ("optimizer", "lr", "eps", "weight_decay", "n_epochs_kl_warmup", "min_kl_weight", "max_kl_weight")
+PLAN_KEYS = (
+    "optimizer", "lr", "lr_schedule", "lr_warmup", "eps", "weight_decay", "decay_matrices_only",
+    "n_epochs_kl_warmup", "min_kl_weight", "max_kl_weight",
+)
+RATES = ("cosine", "constant")
 
 
 def warm_up(epochs: float | None, least: float, most: float) -> Schedule:
@@ -113,15 +120,27 @@ def masked(optimizer: optax.GradientTransformation, mask: Any) -> optax.Gradient
     return optax.chain(optimizer, optax.GradientTransformation(lambda params: optax.EmptyState(), update))
 
 
-def _optimizer(plan: Mapping[str, Any]) -> optax.GradientTransformation:
+def matrices(params: Any) -> Any:
+    """True for the kernels of linear layers, False for biases, norms and dispersions, in the parameters' structure."""
+    flat = {path: leaf.replace(str(path[-1]) == "kernel") for path, leaf in nnx.to_flat_state(params)}
+    return nnx.from_flat_state(flat)
+
+
+def _rate(plan: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """Rises from a tenth of lr over the share lr_warmup of all steps, then stays ('constant') or falls to 0."""
+    rise = int(plan["lr_warmup"] * steps)
+    then = optax.constant_schedule(plan["lr"])
+    if plan["lr_schedule"] == "cosine":
+        then = optax.cosine_decay_schedule(plan["lr"], max(1, steps - rise))
+    return optax.join_schedules([optax.linear_schedule(0.1 * plan["lr"], plan["lr"], max(1, rise)), then], [rise])
+
+
+def _optimizer(plan: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     if not isinstance(plan["optimizer"], str):
         given: optax.GradientTransformation = plan["optimizer"]
         return given
-    makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        # torch's Adam adds the decay to the gradient
-        "Adam": lambda: optax.chain(
-            optax.add_decayed_weights(plan["weight_decay"]), optax.adam(plan["lr"], eps=plan["eps"])
-        ),
-        "AdamW": lambda: optax.adamw(plan["lr"], eps=plan["eps"], weight_decay=plan["weight_decay"]),
-    }
-    return makers[plan["optimizer"]]()
+    decay, mask = plan["weight_decay"], matrices if plan["decay_matrices_only"] else None
+    if plan["optimizer"] == "AdamW":
+        return optax.adamw(_rate(plan, steps), eps=plan["eps"], weight_decay=decay, mask=mask)
+    # torch's Adam adds the decay to the gradient
+    return optax.chain(optax.add_decayed_weights(decay, mask), optax.adam(_rate(plan, steps), eps=plan["eps"]))

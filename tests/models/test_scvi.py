@@ -1,0 +1,200 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from diffbio.errors import ConfigError, DataError, ModelFileError, OutputError
+from diffbio.models import SCANVI, SCVI
+from diffbio.models.cells import LATENT_MEAN
+from diffbio.models.training import Trainee, _rate, plan_of
+from diffbio.train import split
+
+from .conftest import cells
+
+
+def small(**arguments):
+    adata = cells()
+    SCVI.setup_anndata(adata, batch_key="batch")
+    return SCVI(adata, **{"n_hidden": 8, "n_latent": 2, "gene_likelihood": "nb", **arguments})
+
+
+def test_training_raises_the_held_out_bound_and_keeps_the_best(trained):
+    table = trained.history["elbo_validation"]
+    assert table["elbo_validation"].iloc[-1] < table["elbo_validation"].iloc[0] - 5
+    best = trained.training_history.best_epoch
+    assert best == trained.history["validation_loss"]["validation_loss"].to_numpy().argmin()
+    elbo = trained.get_elbo(indices=trained.validation_indices)
+    np.testing.assert_allclose(-elbo, table["elbo_validation"].iloc[best], rtol=0.02)
+    assert len(trained.train_indices) + len(trained.validation_indices) == 300
+    assert trained.is_trained
+    assert "trained" in repr(trained)
+
+
+def test_every_cell_is_trained_on_when_asked():
+    model = small()
+    model.train(max_epochs=1, train_size=1.0, progress=False)
+    assert len(model.train_indices) == 300
+    assert model.validation_indices is None
+
+
+def test_same_seed_same_weights_other_seed_others():
+    z = []
+    for seed in (0, 0, 1):
+        model = small(seed=seed)
+        model.train(max_epochs=1, batch_size=32, progress=False)
+        z.append(model.get_latent_representation())
+    np.testing.assert_array_equal(z[0], z[1])
+    assert np.abs(z[0] - z[2]).max() > 0.01
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    z = []
+    for stops in ((4,), (2, 4)):
+        model = small()
+        for epochs in stops:
+            model.train(
+                max_epochs=epochs, batch_size=32, checkpoint=tmp_path / f"run{len(stops)}", resume=True, progress=False,
+                plan_kwargs={"n_epochs_kl_warmup": 2, "lr_schedule": "constant", "lr_warmup": 0},
+            )
+        z.append(model.get_latent_representation())
+    np.testing.assert_array_equal(*z)
+
+
+def test_plan():
+    adam = {**SCVI.fit_defaults}
+    plan = plan_of(adam, {"n_epochs_kl_warmup": 10, "max_kl_weight": 0.5}, max_epochs=100, steps_per_epoch=4)
+    kl = plan.schedules["kl_weight"]
+    np.testing.assert_allclose([kl(0.0), kl(5.0), kl(10.0), kl(np.inf)], [0, 0.25, 0.5, 0.5])
+    steps = plan_of(adam, {"n_steps_kl_warmup": 8}, max_epochs=100, steps_per_epoch=4).schedules["kl_weight"]
+    np.testing.assert_allclose([steps(1.0), steps(3.0)], [0.5, 1.0])
+    short = plan_of(adam, None, max_epochs=8, steps_per_epoch=4).schedules["kl_weight"]
+    np.testing.assert_allclose(short(2.0), 1.0)  # the default warm-up ends before training does
+    given = optax.sgd(0.1)
+    assert plan_of(adam, {"optimizer": given}, max_epochs=8, steps_per_epoch=4).optimizer is given
+    params = split(Trainee(small().module, config="", only_new=False))[1]
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    for optimizer in ("Adam", "AdamW"):
+        for matrices_only in (True, False):
+            asked = {"optimizer": optimizer, "weight_decay": 0.5, "decay_matrices_only": matrices_only}
+            still = plan_of(adam, asked, max_epochs=8, steps_per_epoch=4).optimizer
+            updates, _ = still.update(nothing, still.init(params), params)
+            moved = {path[-1]: bool(jnp.any(leaf[...] != 0)) for path, leaf in nnx.to_flat_state(updates)}
+            assert moved["kernel"]  # the decay pulls without a gradient
+            assert moved["scale"] is not matrices_only
+
+
+def test_learning_rate():
+    asked = {"lr": 1.0, "lr_warmup": 0.1}
+    rate = _rate({**SCVI.fit_defaults, **asked, "lr_schedule": "cosine"}, 100)
+    np.testing.assert_allclose([rate(s) for s in (0, 5, 10, 55, 100)], [0.1, 0.55, 1, 0.5, 0], atol=1e-6)
+    rate = _rate({**SCVI.fit_defaults, **asked, "lr_schedule": "constant", "lr_warmup": 0}, 100)
+    np.testing.assert_allclose([rate(s) for s in (0, 99)], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"plan_kwargs": {"momentum": 1}}, "unknown plan_kwargs .'momentum'."),
+        ({"plan_kwargs": {"classification_ratio": 1}}, "unknown plan_kwargs"),
+        ({"plan_kwargs": {"optimizer": "SGD"}}, "optimizer must be"),
+        ({"plan_kwargs": {"lr": 0}}, "lr must be above 0"),
+        ({"plan_kwargs": {"lr_schedule": "steps"}}, "lr_schedule must be"),
+        ({"train_size": 0}, "train_size must be"),
+        ({"max_epochs": 0}, "max_epochs"),
+        ({"early_stopping_patience": 0}, "patience"),
+    ],
+)
+def test_bad_training_arguments_are_refused(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        small().train(**arguments)
+
+
+def test_bad_model_arguments_are_refused():
+    with pytest.raises(ConfigError, match="dispersion"):
+        small(dispersion="cell")
+    with pytest.raises(ConfigError, match="pass the AnnData"):
+        SCVI()
+
+
+def test_many_cells_get_fewer_epochs():
+    model = small()
+    names = ("train_size", "batch_size", "early_stopping_patience", "early_stopping_min_delta", "gradient_clip_val")
+    rest = {**dict.fromkeys(names), "early_stopping": True, "seed": None, "max_epochs": None}
+    epochs = [model._settings(**rest, n_cells=n).max_epochs for n in (1000, 20_000, 200_000)]
+    assert epochs == sorted(epochs, reverse=True)
+    assert epochs[0] > 10 * epochs[2]
+
+
+def test_saved_models_load_without_data_and_answer_the_same(trained, tmp_path):
+    folder = trained.save(tmp_path / "model")
+    assert {p.name for p in folder.iterdir()} == {"model.json", "weights.safetensors"}
+    assert json.loads((folder / "model.json").read_text())["model"] == "SCVI"
+    assert "module/vae/encoder/mean/kernel" in load_file(folder / "weights.safetensors")
+    alone = SCVI.load(folder)
+    assert alone.is_trained
+    with pytest.raises(DataError, match="loaded without data"):
+        alone.get_elbo()
+    z = trained.get_latent_representation()
+    np.testing.assert_array_equal(alone.get_latent_representation(trained.adata), z)
+    model = SCVI.load(folder, adata=trained.adata)
+    np.testing.assert_array_equal(model.get_latent_representation(), z)
+    assert model.history["elbo_train"].equals(trained.history["elbo_train"])
+    np.testing.assert_array_equal(model.validation_indices, trained.validation_indices)
+    model.train(max_epochs=1, batch_size=32, progress=False)  # and goes on
+
+
+def test_load_refuses_what_is_not_the_model(trained, tmp_path):
+    folder = trained.save(tmp_path / "model")
+    with pytest.raises(ConfigError, match="overwrite=True"):
+        trained.save(folder)
+    trained.save(folder, overwrite=True)
+    with pytest.raises(ModelFileError, match="holds 'SCVI', not SCANVI"):
+        SCANVI.load(folder)
+    with pytest.raises(DataError, match="30 of the model's 40"):
+        SCVI.load(folder, adata=trained.adata[:, :30].copy())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not a diffbio model"):
+        trained.save(tmp_path / "notes.txt", overwrite=True)
+    header = json.loads((folder / "model.json").read_text())
+    header["init_params"]["n_latent"] = 7
+    (folder / "model.json").write_text(json.dumps(header))
+    with pytest.raises(ModelFileError, match="does not fit SCVI"):
+        SCVI.load(folder)
+
+
+def test_minified_data_answer_what_needs_no_counts(trained, tmp_path):
+    folder = trained.save(tmp_path / "model")
+    model = SCVI.load(folder, adata=trained.adata)
+    full = model.adata
+    model.minify_adata()
+    assert model.minified_data_type == "latent_posterior_parameters"
+    assert full.X.nnz > 0
+    assert model.adata.X.nnz == 0
+    np.testing.assert_array_equal(model.adata.obsm[LATENT_MEAN], trained.get_latent_representation())
+    np.testing.assert_array_equal(model.get_latent_representation(), trained.get_latent_representation())
+    for library in (1, "latent"):
+        np.testing.assert_allclose(
+            model.get_normalized_expression(library_size=library, return_numpy=True),
+            trained.get_normalized_expression(library_size=library, return_numpy=True), rtol=1e-3,
+        )
+    np.testing.assert_allclose(model.get_latent_library_size(), trained.get_latent_library_size())
+    assert model.posterior_predictive_sample().shape == (300, 40)
+    for method in ("get_elbo", "get_reconstruction_error", "get_marginal_ll", "train", "minify_adata"):
+        with pytest.raises(DataError, match=rf"{method} needs the counts, but the data are minified"):
+            getattr(model, method)()
+    with pytest.raises(DataError, match="pass all_stats=False"):
+        model.differential_expression(groupby="cell_type")
+    assert len(model.differential_expression(groupby="cell_type", all_stats=False, n_samples_overall=50)) == 120
+    assert model.get_elbo(full) == trained.get_elbo()  # other data may have counts
+    model.adata.write_h5ad(tmp_path / "small.h5ad")
+    import anndata as ad
+
+    again = SCVI.load(folder, adata=ad.read_h5ad(tmp_path / "small.h5ad"))
+    np.testing.assert_array_equal(again.get_latent_representation(), trained.get_latent_representation())
+    with pytest.raises(DataError, match="minified"):
+        SCVI.setup_anndata(model.adata)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,18 @@ from flax import nnx
 from scipy import sparse
 from toy import Toy, ToyConfig
 
-from diffbio.data.source import as_source
-from diffbio.errors import ConfigError, DataError, ModelFileError, TrainingDivergedError, TrainingInterrupted
+from diffbio.data.source import ArraySource, as_source
+from diffbio.errors import (
+    ConfigError,
+    DataError,
+    ModelFileError,
+    OutputError,
+    TrainingDivergedError,
+    TrainingInterrupted,
+)
 from diffbio.fitting import fit
 from diffbio.operators.base import operators_in
+from diffbio.train import Settings, Split
 
 RNG = np.random.default_rng(0)
 CELLS = (RNG.poisson(2, (120, 2)) @ RNG.poisson(1.5, (2, 6))).astype(np.float32)
@@ -73,39 +80,75 @@ def test_compiles_each_function_once(monkeypatch):
     assert len(traces) <= 3  # shapes, step, evaluation
 
 
-def test_early_stopping_keeps_the_best_weights():
-    _, history = fitted(max_epochs=300, patience=3, learning_rate=0.05)
+def validation_loss(model, settings):
+    rows = Split.of(len(CELLS), settings, held_out=True).validation
+    batches = [rows[i : i + 12] for i in range(0, len(rows), 12)]
+    return float(np.mean([model.objective({"counts": jnp.asarray(CELLS[r])})[0] for r in batches]))
+
+
+def test_early_stopping_keeps_the_best_weights_by_the_loss_of_cells_held_out_in_eval_mode():
+    model, history = fitted(max_epochs=300, patience=3, learning_rate=0.05, batch_size=12)
     assert history.stopped_early
     assert len(history) < 300
     assert len(history) - 1 - history.best_epoch == 3
+    losses = history["validation_loss"]
+    assert losses[history.best_epoch] == min(losses)
+    # the model holds those weights, its loss is that of its own mode, and the cells are those held out
+    settings = Settings(batch_size=12)
+    np.testing.assert_allclose(validation_loss(model, settings), min(losses), rtol=1e-5)
+    assert abs(losses[-1] - min(losses)) > 1e-3 * min(losses)
+
+
+def test_min_delta_counts_as_no_better_what_is_hardly_better():
+    _, history = fitted(max_epochs=30, patience=2, min_delta=10.0)
+    assert len(history) == 3
+
+
+def test_cells_held_out_are_not_trained_on_and_the_others_are_shuffled():
+    taken = []
+
+    class Watched(ArraySource):
+        """Notes what is taken."""
+
+        def take(self, rows):
+            taken.append(np.asarray(rows))
+            return super().take(rows)
+
+        take_sparse = take
+
+    settings = {"max_epochs": 2, "batch_size": 12, "validation": 0.2}
+    fitted(data=Watched({"counts": CELLS}), **settings)
+    held_out = Split.of(len(CELLS), Settings(**settings), held_out=True).validation
+    assert len(held_out) == 24
+    batches = [rows for rows in taken if len(rows) == 12]
+    trained = [rows for rows in batches if not np.isin(rows, held_out).any()]
+    assert len(trained) >= 16  # two epochs of 8, and the first look
+    assert all(np.isin(rows, held_out).all() or not np.isin(rows, held_out).any() for rows in batches)
+    first, second = np.concatenate(trained[-16:-8]), np.concatenate(trained[-8:])
+    assert sorted(first) == sorted(second) == sorted(set(range(120)) - set(held_out.tolist()))
+    assert (first != second).any()
+    assert (first != np.sort(first)).any()
 
 
 @pytest.mark.parametrize("stop_after", [1, 9, 14])
 def test_resume_is_bit_identical_to_a_run_that_was_never_stopped(tmp_path, stop_after):
     whole, history = fitted(checkpoint=tmp_path / "whole")
 
-    class Stopping:
+    class Stopping(ArraySource):
         """Sends SIGINT after some steps."""
 
-        def __init__(self):
-            self.taken = 0
-
-        n_cells = len(CELLS)
-        keys = ("counts",)
-        categories: ClassVar[dict] = {}
-        nbytes_in_memory = 0
+        taken = 0
 
         def take(self, rows):
             self.taken += 1
-            if self.taken == stop_after + 4:  # a few batches are taken before the first step
+            if self.taken == stop_after + 5:  # a few batches are taken before the first step
                 os.kill(os.getpid(), signal.SIGINT)
-            return {"counts": CELLS[rows]}
+            return super().take(rows)
 
-        def order(self, rng, rows):
-            return rng.permutation(rows)
+        take_sparse = take
 
     with pytest.raises(TrainingInterrupted, match="checkpoint is saved") as caught:
-        fitted(data=Stopping(), checkpoint=tmp_path / "part")
+        fitted(data=Stopping({"counts": CELLS}), checkpoint=tmp_path / "part")
     assert caught.value.exit_code == 130
     resumed, again = fitted(checkpoint=tmp_path / "part", resume=True)
     assert_same(weights(resumed), weights(whole))
@@ -121,7 +164,7 @@ def test_resume_of_a_finished_run_may_go_on_longer(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"data": {"counts": CELLS + 1}}, "data"),
+        ({"data": {"counts": CELLS + (np.arange(120) == 77)[:, None]}}, "data"),
         ({"seed": 3}, "settings"),
         ({"optimizer": optax.sgd(0.1)}, "optimizer"),
     ],
@@ -132,6 +175,20 @@ def test_resume_refuses_what_differs(tmp_path, change, named):
         fitted(**{"checkpoint": tmp_path / "a", "resume": True, **change})
 
 
+def test_resume_refuses_another_version(tmp_path, monkeypatch):
+    fitted(checkpoint=tmp_path / "a")
+    monkeypatch.setattr("diffbio.train.version", lambda name: "99")
+    with pytest.raises(ModelFileError, match="versions differs"):
+        fitted(checkpoint=tmp_path / "a", resume=True)
+
+
+def test_a_checkpoint_replaces_no_saved_model(tmp_path):
+    toy().save(tmp_path / "mine")
+    with pytest.raises(OutputError, match="choose another path"):
+        fitted(checkpoint=tmp_path / "mine")
+    assert Toy.load(tmp_path / "mine").config == ToyConfig()
+
+
 def test_a_nan_step_is_skipped_and_counted():
     cells = CELLS.copy()
     cells[5] = np.inf
@@ -139,6 +196,14 @@ def test_a_nan_step_is_skipped_and_counted():
     model, history = fitted(data=unchecked, validation=0)
     assert history["skipped_steps"] == [1.0] * 6
     assert all(np.isfinite(v).all() for v in weights(model).values())
+
+
+def test_a_run_ends_after_as_many_bad_steps_in_a_row_as_are_allowed():
+    cells = CELLS.copy()
+    cells[:60] = np.inf
+    source = as_source({"counts": cells}, cell_keys={"counts"})
+    with pytest.raises(TrainingDivergedError, match="2 steps in a row"):
+        fitted(data=source, validation=0, max_bad_steps=2, max_epochs=50, batch_size=12)
 
 
 def test_a_diverged_run_says_what_to_do():
@@ -153,6 +218,13 @@ def test_unknown_and_impossible_settings_are_named():
         fitted(learning_rate=-1.0)
     with pytest.raises(DataError, match="5 genes"):
         fitted(data={"counts": CELLS[:, :5]})
+    for name, value in {"max_epochs": 2.5, "batch_size": "10", "learning_rate": None, "seed": True}.items():
+        with pytest.raises(ConfigError, match=f"{name} must be a"):
+            fitted(**{name: value})
+    with pytest.raises(ConfigError, match="leaves none of 120 cells"):
+        fitted(validation=0.999)
+    with pytest.raises(ConfigError, match="first argument is the model"):
+        fit({"counts": CELLS}, toy())
 
 
 def test_clipping_bounds_the_step():
@@ -163,10 +235,18 @@ def test_clipping_bounds_the_step():
     assert 0 < float(moved) <= 1.001e-3
 
 
-def test_schedules_reach_the_objective(monkeypatch):
-    seen = []
-    fitted(schedules={"weight": lambda epoch: (seen.append(epoch), 0.5)[1]}, max_epochs=1)
-    assert any(isinstance(e, jax.core.Tracer) for e in seen)
+def test_schedules_reach_the_objective():
+    runs = [fitted(schedules={"weight": lambda epoch, top=top: jnp.minimum(top, epoch)}) for top in (0.0, 1e4)]
+    small, large = ((CELLS @ np.asarray(model.weights[...])) ** 2 for model, _ in runs)
+    assert large.mean() < 0.5 * small.mean()  # the weight is on the size of the code
+    means = [np.array(history["loss"]) - np.array(history["error"]) for _, history in runs]
+    assert means[0].max() == 0  # no weight at all
+    assert means[1][0] < means[1][1]  # it grows with the epoch
+
+
+def test_a_schedule_of_nothing_is_named():
+    with pytest.raises(ConfigError, match="schedule 'wight' is no keyword of Toy"):
+        fitted(schedules={"wight": lambda epoch: 1.0})
 
 
 @pytest.mark.parametrize("schedule", [lambda epoch: 0.02 * epoch, lambda epoch: jnp.sin(epoch)])

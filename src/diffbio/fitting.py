@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optax
 
+from . import storage
 from .data.file_source import FileSource
 from .data.source import Source, as_source
 from .data.validate import check_counts
@@ -59,6 +60,9 @@ def fit(
         TrainingDivergedError: loss or gradient stayed NaN or infinite.
         TrainingInterrupted: a signal came; the checkpoint is saved.
     """
+    if not isinstance(model, Operator):
+        msg = f"fit: the first argument is the model to train, an Operator; got {type(model).__name__}."
+        raise ConfigError(msg)
     known = set(Settings.__dataclass_fields__)
     if unknown := set(settings) - known:
         msg = f"fit: unknown setting {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}."
@@ -73,7 +77,7 @@ def fit(
         return history
     chosen = Settings(**{**model.fit_defaults, **settings})
     model.eval_mode()
-    resume = resume and checkpoint is not None and Path(checkpoint).exists()
+    resume = resume and checkpoint is not None and storage.exists(checkpoint)
     if hasattr(model, "init_from") and not resume:
         model.init_from(gathered(source, model.init_cells, seed=chosen.seed))
     if not hasattr(model, "objective"):

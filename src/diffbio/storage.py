@@ -39,7 +39,8 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
         msg = f"save: {path} exists and is not a diffbio model folder; choose another path."
         raise OutputError(msg)
     if path.exists() and kind_of(path) != header.get("kind"):
-        msg = f"save: {path} holds {kind_of(path) or 'a model'}, not {header.get('kind') or 'a model'}; choose another path."
+        held, new = kind_of(path) or "a model", header.get("kind") or "a model"
+        msg = f"save: {path} holds {held}, which {new} would replace; choose another path."
         raise OutputError(msg)
     weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}

@@ -2,8 +2,11 @@
 
 import dataclasses
 import hashlib
+import inspect
+import numbers
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -65,6 +68,9 @@ class Trainable(Protocol):
         ...
 
 
+_NUMBER = {True: numbers.Integral, False: numbers.Real}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to train.
@@ -91,19 +97,26 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            whole = f.name not in {"learning_rate", "validation", "min_delta", "clip_norm"}
+            missing = value is None and f.name in {"patience", "clip_norm"}
+            if not missing and (isinstance(value, bool) or not isinstance(value, _NUMBER[whole])):
+                msg = f"fit: {f.name} must be {'a whole number' if whole else 'a number'}, got {value!r}."
+                raise ConfigError(msg)
         rules = {
-            "max_epochs": (self.max_epochs >= 1, ">= 1"),
-            "batch_size": (self.batch_size >= 1, ">= 1"),
-            "learning_rate": (self.learning_rate > 0, "> 0"),
-            "validation": (0 <= self.validation < 1, "in [0, 1)"),
-            "patience": (self.patience is None or self.patience >= 1, ">= 1 or None"),
-            "min_delta": (self.min_delta >= 0, ">= 0"),
-            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "> 0 or None"),
-            "max_bad_steps": (self.max_bad_steps >= 1, ">= 1"),
-            "seed": (self.seed >= 0, ">= 0"),
+            "max_epochs": (lambda: self.max_epochs >= 1, ">= 1"),
+            "batch_size": (lambda: self.batch_size >= 1, ">= 1"),
+            "learning_rate": (lambda: self.learning_rate > 0, "> 0"),
+            "validation": (lambda: 0 <= self.validation < 1, "in [0, 1)"),
+            "patience": (lambda: self.patience is None or self.patience >= 1, ">= 1 or None"),
+            "min_delta": (lambda: self.min_delta >= 0, ">= 0"),
+            "clip_norm": (lambda: self.clip_norm is None or self.clip_norm > 0, "> 0 or None"),
+            "max_bad_steps": (lambda: self.max_bad_steps >= 1, ">= 1"),
+            "seed": (lambda: self.seed >= 0, ">= 0"),
         }
         for name, (ok, wanted) in rules.items():
-            if not ok:
+            if not ok():
                 msg = f"fit: {name} must be {wanted}, got {getattr(self, name)!r}."
                 raise ConfigError(msg)
 
@@ -166,7 +179,7 @@ def train(
         msg = f"fit: {type(model).__name__} has no objective: there is nothing to train."
         raise ConfigError(msg)
     schedules = dict(schedules or {})
-    check_schedules(schedules)
+    check_schedules(schedules, model)
     cells = Split.of(source.n_cells, settings, held_out=sampler is None)
     optimizer = _with_clipping(optimizer or optax.adam(settings.learning_rate), settings.clip_norm)
     model.train_mode()
@@ -233,13 +246,19 @@ def train(
     return History(clock.rows, best_epoch=clock.best_epoch, stopped_early=clock.epoch < settings.max_epochs)
 
 
-def check_schedules(schedules: Mapping[str, Schedule]) -> None:
-    """Refuses a schedule that does not settle: validation would compare nothing.
+def check_schedules(schedules: Mapping[str, Schedule], model: Any) -> None:
+    """Refuses a schedule of nothing, and one that does not settle: validation would compare nothing.
 
     Raises:
-        ConfigError: its value at infinity is not finite.
+        ConfigError: the objective has no such keyword, or the value at infinity is not finite.
     """
+    taken = inspect.signature(model.objective).parameters
+    keywords = [name for name, parameter in taken.items() if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
+    anything = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
     for name, schedule in schedules.items():
+        if name not in keywords and not anything:
+            msg = f"fit: schedule {name!r} is no keyword of {type(model).__name__}.objective; it has {keywords}."
+            raise ConfigError(msg)
         end = np.asarray(schedule(jnp.inf))
         if not np.isfinite(end).all():
             msg = (
@@ -268,6 +287,9 @@ class Split(NamedTuple):
         n_validation = round(n_cells * settings.validation) if held_out else 0
         if n_validation < 1 or n_cells < 10:
             return cls(np.arange(n_cells), None)
+        if n_validation >= n_cells:
+            msg = f"fit: validation {settings.validation:g} leaves none of {n_cells} cells to train on; lower it."
+            raise ConfigError(msg)
         shuffled = np.random.default_rng([settings.seed, 0x5EED]).permutation(n_cells)
         return cls(np.sort(shuffled[n_validation:]), np.sort(shuffled[:n_validation]))
 
@@ -358,10 +380,7 @@ def restore(path: str | Path, carry: Carry, best: Any, identity: dict[str, Any])
     if header.get("kind") != "checkpoint":
         msg = f"resume: {path} holds a model, not a checkpoint of a training run."
         raise ModelFileError(msg)
-    for name, wanted in identity.items():
-        if header.get(name) != wanted:
-            msg = f"resume: {name} differs: the checkpoint {path} has {header.get(name)}, this run has {wanted}."
-            raise ModelFileError(msg)
+    same(header, identity, path)
     leaves, tree = jax.tree.flatten((carry, best))
     if len(leaves) != len(arrays):
         msg = f"resume: {path} holds {len(arrays)} arrays, this run has {len(leaves)}: the optimizer differs."
@@ -428,20 +447,44 @@ def _with_clipping(optimizer: Any, clip_norm: float | None) -> optax.GradientTra
 def _identity(model: Any, source: Source, settings: Settings, n: int) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on exactly: model, data, settings, versions."""
     config = getattr(model, "config", None)
-    rows = np.unique(np.linspace(0, source.n_cells - 1, min(64, source.n_cells)).astype(int))
-    digest = hashlib.sha256()
-    for key, value in sorted(source.take(rows).items()):
-        digest.update(key.encode())
-        for leaf in jax.tree.leaves(value):
-            digest.update(np.ascontiguousarray(leaf).tobytes())
     settings_used = {k: v for k, v in dataclasses.asdict(settings).items() if k not in {"max_epochs", "patience"}}
     return {
         "operator": type(model).__name__,
         "config": repr(config),
-        "data": f"{source.n_cells} cells, sha256 {digest.hexdigest()[:16]}",
         "settings": {**settings_used, "batch_size": n},
-        "versions": f"jax {jax.__version__}",
+        **data_and_versions(source),
     }
+
+
+def data_and_versions(source: Source) -> dict[str, str]:
+    """What a run depends on beside model and settings: all of the data where the source can say so, else a sample."""
+    rows = np.unique(np.linspace(0, source.n_cells - 1, min(64, source.n_cells)).astype(int))
+    digest = hashlib.sha256(str(source.fingerprint() if hasattr(source, "fingerprint") else "").encode())
+    for key, value in sorted(source.take(rows).items()):
+        digest.update(key.encode())
+        for leaf in jax.tree.leaves(value):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+    data = f"{source.n_cells} cells, sha256 {digest.hexdigest()[:16]}"
+    return {"data": data, "versions": f"diffbio {version('diffbio')}, jax {jax.__version__}"}
+
+
+def same(header: Mapping[str, Any], identity: Mapping[str, Any], path: str | Path) -> None:
+    """Refuses a checkpoint of another run.
+
+    Raises:
+        ModelFileError: naming what differs, and what to do.
+    """
+    for name, wanted in identity.items():
+        if header.get(name) != wanted:
+            had = header.get(name)
+            if isinstance(had, dict) and isinstance(wanted, dict):
+                odd = sorted(key for key in {*had, *wanted} if had.get(key) != wanted.get(key))
+                had, wanted = ({key: side.get(key) for key in odd} for side in (had, wanted))
+            msg = (
+                f"resume: {name} differs: the checkpoint {path} has {had}, this run has {wanted}. Run with what it "
+                "was made with, or start anew without resume."
+            )
+            raise ModelFileError(msg)
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -128,6 +129,18 @@ class FileSource:
         n_blocks = -(-self.n_cells // self.block_rows)
         group = rng.permutation(n_blocks)[block] // self.blocks_per_group
         return rows[np.lexsort((rng.random(len(rows)), group))]
+
+    def fingerprint(self) -> int:
+        """A checksum of the file and of the columns in memory; of a folder, of the columns alone."""
+        total = 0
+        for key, value in sorted(self.cells.items()):
+            total = zlib.crc32(np.ascontiguousarray(value).tobytes(), zlib.crc32(key.encode(), total))
+        name = getattr(self._store, "filename", None)
+        if name is not None:
+            with open(name, "rb") as file:
+                while block := file.read(1 << 20):
+                    total = zlib.crc32(block, total)
+        return total
 
     def close(self) -> None:
         """Close the file."""

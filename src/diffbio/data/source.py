@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -332,6 +333,16 @@ class ArraySource:
     def column(self, key: str) -> NDArray[Any]:
         """Return a per-cell array whole, such as `batch_labels`."""
         return rows_of(key, self.cells[key], np.arange(self.n_cells))
+
+    def fingerprint(self) -> int:
+        """A checksum of all the cells, to tell whether a run goes on with the data it began with."""
+        total = 0
+        for key, value in sorted(self.cells.items()):
+            parts = [value.data, value.indices, value.indptr] if isinstance(value, sparse.csr_array) else [value]
+            for part in parts:
+                array = np.ascontiguousarray(part)
+                total = zlib.crc32(memoryview(array).cast("B") if array.size else b"", zlib.crc32(key.encode(), total))
+        return total
 
     def _rooms(self, key: str, n_rows: int) -> tuple[int, ...]:
         """Return the entries that `n_rows` rows usually and at most hold; () where int32 positions overflow."""

@@ -32,6 +32,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "extra_encoder_kwargs": (None, {}),
     "extra_decoder_kwargs": (None, {}),
 }
+# what scvi-tools takes where its file names no value; our defaults may differ
+THEIR_DEFAULTS: dict[str, Any] = {
+    "n_hidden": 128, "n_latent": 10, "n_layers": 1, "dropout_rate": 0.1, "dispersion": "gene",
+    "gene_likelihood": "zinb", "use_observed_lib_size": True, "log_variational": True, "encode_covariates": False,
+}  # fmt: skip
 # arguments whose effect is all in the weights, or that concern training alone
 IN_THE_WEIGHTS = frozenset({
     "deeply_inject_covariates", "use_batch_norm", "extra_payload_autotune", "batch_embedding_kwargs", "y_prior",
@@ -199,14 +204,11 @@ def _init_params(header: Mapping[str, Any]) -> dict[str, Any]:
         if name in given and given[name] not in allowed:
             msg = f"from_scvi_tools: the model has {name}={given[name]!r}, which diffbio does not have."
             raise ModelFileError(msg)
-    known = {
-        "n_hidden", "n_latent", "n_layers", "dropout_rate", "dispersion", "gene_likelihood", "use_observed_lib_size",
-        "log_variational", "encode_covariates", "linear_classifier", "classifier_parameters",
-    }  # fmt: skip
+    known = {*THEIR_DEFAULTS, "linear_classifier", "classifier_parameters"}
     if odd := sorted(set(given) - known - set(ONLY) - IN_THE_WEIGHTS):
         msg = f"from_scvi_tools: the model has the arguments {', '.join(odd)}, which diffbio does not know."
         raise ModelFileError(msg)
-    kept = {name: value for name, value in given.items() if name in known}
+    kept = THEIR_DEFAULTS | {name: value for name, value in given.items() if name in known}
     if kept.get("classifier_parameters"):
         kept["classifier_parameters"] = {k: v for k, v in kept["classifier_parameters"].items() if k != "logits"}
     return kept

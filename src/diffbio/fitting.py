@@ -11,7 +11,7 @@ import optax
 from . import storage
 from .data.file_source import FileSource
 from .data.source import Source, as_source
-from .data.validate import check_counts
+from .data.validate import check_ambient_profile, check_counts
 from .errors import ConfigError, DataWarning
 from .history import History
 from .operators.base import Operator, axes
@@ -30,6 +30,7 @@ def fit(
     schedules: Mapping[str, Schedule] | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> History:
@@ -49,6 +50,7 @@ def fit(
             value.
         checkpoint: folder to save to every half minute and when SIGINT or SIGTERM comes.
         resume: goes on from `checkpoint` if it exists, bit-identical to a run that was never stopped.
+        force: goes on even if the config of the model or the settings are others by now.
         progress: a bar on a terminal, a line per epoch elsewhere.
         settings: see above. Of a pipeline, `learning_rate`, `validation` and `patience` are for ambient removal
             and the VAE, `max_epochs` is that of the VAE and a limit for the other stages. UMAP learns from pairs
@@ -71,7 +73,7 @@ def fit(
     if hasattr(model, "fit_stages"):
         history: History = model.fit_stages(
             source, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
-            progress=progress, settings=settings,
+            force=force, progress=progress, settings=settings,
         )
         model.mark_fitted()
         return history
@@ -85,7 +87,7 @@ def fit(
         return History([])
     sampler = model.sampler(gathered(source, None)) if hasattr(model, "sampler") else None
     history = train(
-        model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume,
+        model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume, force=force,
         schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
     )
     model.mark_fitted()
@@ -107,6 +109,9 @@ def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None
         with warnings.catch_warnings():  # cleaned counts need not be whole; empty genes and cells are no harm here
             warnings.filterwarnings("ignore", ".* no count", DataWarning)
             check_counts(counts, allow_non_integer=True)
+        if "ambient_profile" in source.keys:
+            profile = source.constants["ambient_profile"]  # type: ignore[attr-defined]
+            source.constants["ambient_profile"] = check_ambient_profile(profile, counts.shape[1])  # type: ignore[attr-defined]
     model._inputs(dict(source.take(np.arange(min(source.n_cells, 2)))))  # complain before training does
     return source
 

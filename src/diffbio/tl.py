@@ -152,6 +152,7 @@ def integrate(
     slots.choose(method, ["harmony"], "tl.integrate")
     labels, names = slots.batches(adata, batch_key)
     embeddings = slots.representation(adata, use_rep, layer)
+    _at_most_cells(n_clusters, adata, "tl.integrate")
     config = BatchCorrectionConfig(
         n_clusters=max(1, min(100, round(len(embeddings) / 30))) if n_clusters is None else n_clusters,
         n_features=embeddings.shape[1],
@@ -220,6 +221,7 @@ def cluster(
     """
     slots.choose(method, ["kmeans"], "tl.cluster")
     data = {"embeddings": slots.representation(adata, use_rep, layer)}
+    _at_most_cells(n_clusters, adata, "tl.cluster")
     config = SoftClusteringConfig(
         n_clusters=10 if n_clusters is None else n_clusters,
         n_features=data["embeddings"].shape[1],
@@ -228,6 +230,12 @@ def cluster(
     op = SoftKMeansClustering(config, rngs=nnx.Rngs(random_state))
     fit(op, data, seed=random_state, progress=False)
     add_results(adata, _applied(op, data, "cluster_assignments"))
+
+
+def _at_most_cells(n_clusters: int | None, adata: "AnnData", who: str) -> None:
+    if n_clusters is not None and n_clusters > adata.n_obs:
+        msg = f"{who}: n_clusters must be at most the number of cells, {adata.n_obs}, got {n_clusters}."
+        raise ConfigError(msg)
 
 
 def _applied(op: Operator, data: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import inspect
+import json
 import numbers
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ import optax
 from flax import nnx
 
 from . import storage
-from .errors import ConfigError, ModelFileError, TrainingDivergedError
+from .errors import ConfigError, DataWarning, ModelFileError, TrainingDivergedError
 from .history import History, Progress
 from .interrupts import Interrupts
 
@@ -160,6 +162,7 @@ def train(
     sampler: Sampler | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
     label: str | None = None,
 ) -> History:
@@ -195,7 +198,7 @@ def train(
     best, clock = _copied((carry.params, carry.rest)), Clock()
     identity = _identity(model, source, settings, n)
     if resume and checkpoint is not None:
-        carry, best, clock = restore(checkpoint, carry, best, identity)
+        carry, best, clock = restore(checkpoint, carry, best, identity, force=force)
 
     def save() -> None:
         if checkpoint is not None:
@@ -370,8 +373,10 @@ def store(path: str | Path, carry: Carry, best: Any, clock: Clock, identity: dic
     storage.save_folder(path, {"kind": "checkpoint", **identity, "clock": dataclasses.asdict(clock)}, arrays)
 
 
-def restore(path: str | Path, carry: Carry, best: Any, identity: dict[str, Any]) -> tuple[Carry, Any, Clock]:
-    """Reads a checkpoint into the shapes of `carry` and `best`.
+def restore(
+    path: str | Path, carry: Carry, best: Any, identity: dict[str, Any], *, force: bool = False
+) -> tuple[Carry, Any, Clock]:
+    """Reads a checkpoint into the shapes of `carry` and `best`; with `force` one of another config or settings.
 
     Raises:
         ModelFileError: it was written for another model, other data, settings or versions, naming which.
@@ -380,7 +385,7 @@ def restore(path: str | Path, carry: Carry, best: Any, identity: dict[str, Any])
     if header.get("kind") != "checkpoint":
         msg = f"resume: {path} holds a model, not a checkpoint of a training run."
         raise ModelFileError(msg)
-    same(header, identity, path)
+    same(header, identity, path, force=force)
     leaves, tree = jax.tree.flatten((carry, best))
     if len(leaves) != len(arrays):
         msg = f"resume: {path} holds {len(arrays)} arrays, this run has {len(leaves)}: the optimizer differs."
@@ -432,7 +437,8 @@ def _stalled(clock: Clock, settings: Settings, split: Split) -> bool:
 
 
 def _diverged(model: Any, clock: Clock, settings: Settings, checkpoint: Any) -> TrainingDivergedError:
-    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None else ""
+    saved = checkpoint is not None and storage.exists(checkpoint)
+    kept = f"; the last good checkpoint is {checkpoint}" if saved else ""
     return TrainingDivergedError(
         f"fit: {type(model).__name__}: {settings.max_bad_steps} steps in a row, a whole epoch or the validation had "
         f"a NaN or infinite loss or gradient in epoch {clock.epoch}; the model holds its best weights{kept}. Lower "
@@ -450,7 +456,7 @@ def _identity(model: Any, source: Source, settings: Settings, n: int) -> dict[st
     settings_used = {k: v for k, v in dataclasses.asdict(settings).items() if k not in {"max_epochs", "patience"}}
     return {
         "operator": type(model).__name__,
-        "config": repr(config),
+        "config": told(config),
         "settings": {**settings_used, "batch_size": n},
         **data_and_versions(source),
     }
@@ -468,8 +474,13 @@ def data_and_versions(source: Source) -> dict[str, str]:
     return {"data": data, "versions": f"diffbio {version('diffbio')}, jax {jax.__version__}"}
 
 
-def same(header: Mapping[str, Any], identity: Mapping[str, Any], path: str | Path) -> None:
-    """Refuses a checkpoint of another run.
+def told(config: Any) -> Any:
+    """A config as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str)) if config is not None else None
+
+
+def same(header: Mapping[str, Any], identity: Mapping[str, Any], path: str | Path, *, force: bool = False) -> None:
+    """Refuses a checkpoint of another run; with `force`, another config or other settings are only warned of.
 
     Raises:
         ModelFileError: naming what differs, and what to do.
@@ -480,10 +491,13 @@ def same(header: Mapping[str, Any], identity: Mapping[str, Any], path: str | Pat
             if isinstance(had, dict) and isinstance(wanted, dict):
                 odd = sorted(key for key in {*had, *wanted} if had.get(key) != wanted.get(key))
                 had, wanted = ({key: side.get(key) for key in odd} for side in (had, wanted))
-            msg = (
-                f"resume: {name} differs: the checkpoint {path} has {had}, this run has {wanted}. Run with what it "
-                "was made with, or start anew without resume."
-            )
+            what = f"resume: {name} differs: the checkpoint {path} has {had}, this run has {wanted}"
+            chosen = name in {"config", "settings"}
+            if force and chosen:
+                warnings.warn(f"{what}; it goes on with those of this run", DataWarning, stacklevel=2)
+                continue
+            other = " or go on with those of this run by force=True (--force)," if chosen else ""
+            msg = f"{what}. Run with what it was made with,{other} or start anew without resume."
             raise ModelFileError(msg)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from diffbio.data import ArraySource, FileSource, Source, as_source, chunks, counts_of
-from diffbio.errors import DataError, DataWarning, MissingKeyError
+from diffbio.errors import DataError, DataWarning, InputFileError, MissingKeyError
 from diffbio.math.sparse import SparseRows
 
 KEYS = ("counts", "batch_labels", "ambient_profile")
@@ -243,4 +243,17 @@ def test_a_file_gives_sparse_batches_that_are_the_dense_ones(h5ad, small):
         np.testing.assert_array_equal(dense, source.take(rows)["counts"])
     shapes = {source.take_sparse(np.arange(i, i + 8))["counts"].values.shape for i in range(4)}
     assert len(shapes) == 1  # one program serves them all
+    source.close()
+
+
+def test_damage_met_while_streaming_is_the_files_fault(tmp_path, make):
+    make(400, 60).write_h5ad(tmp_path / "a.h5ad", compression="gzip")
+    with h5py.File(tmp_path / "a.h5ad") as store:
+        where = store["X/data"].id.get_chunk_info(0).byte_offset
+    raw = bytearray((tmp_path / "a.h5ad").read_bytes())
+    raw[where + 20] ^= 255
+    (tmp_path / "a.h5ad").write_bytes(raw)
+    source = as_source(tmp_path / "a.h5ad", cell_keys={"counts"})
+    with pytest.raises(InputFileError, match="damaged: make a fresh copy"):
+        source.take(np.arange(400))
     source.close()

@@ -132,3 +132,11 @@ def test_an_ambient_profile_of_more_genes_than_the_data_have_is_scaled():
     with pytest.warns(DataWarning, match="sums to 0.8: it was measured over more genes"):
         found = check_ambient_profile([0.2, 0.6, 0.0], 3)
     np.testing.assert_allclose(found, [0.25, 0.75, 0], rtol=1e-6)  # float32
+
+
+def test_wrong_values_of_all_chunks_are_counted(monkeypatch):
+    monkeypatch.setattr("diffbio.data.matrix.row_chunks.__kwdefaults__", {"name": "counts", "chunk_bytes": 64})
+    x = np.ones((50, 4), np.float32)
+    x[[3, 20, 49], 1] = np.nan
+    with pytest.raises(DataError, match=r"3 values are NaN or infinite; the first is nan at cell 3, gene 1"):
+        check_counts(x)

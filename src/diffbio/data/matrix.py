@@ -252,7 +252,19 @@ class DiskMatrix:
         return int(chunks[0])
 
     def read(self, start: int, stop: int) -> Rows | NDArray[Any]:
-        """Return rows [start, stop): `Rows` of a CSR matrix, an array (rows, columns) of a dense one."""
+        """Return rows [start, stop): `Rows` of a CSR matrix, an array (rows, columns) of a dense one.
+
+        Raises
+        ------
+        InputFileError : the file is damaged there.
+        """
+        try:
+            return self._read(start, stop)
+        except (OSError, RuntimeError) as error:  # of the library below; its text means nothing to a user
+            msg = f"rows {start} to {stop} cannot be read; {self.where}; the file is damaged: make a fresh copy"
+            raise InputFileError(msg) from error
+
+    def _read(self, start: int, stop: int) -> Rows | NDArray[Any]:
         if self.encoding == "dense":
             block = np.asarray(self._values[start:stop])
             block = block[:, None] if block.ndim == 1 else block

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import InputFileError
 from .guard import check_h5ad, check_zarr, free_memory, open_zarr, opened, sniff
 from .read import quiet, read
 
@@ -44,6 +45,10 @@ def tables_of(data: "AnnData | str | Path") -> Tables:
     (check_h5ad if kind == "h5ad" else check_zarr)(path, backed=True)
     store: Any = opened(path) if kind == "h5ad" else open_zarr(path)
     try:
+        missing = [slot for slot in ("obs", "var") if slot not in store]
+        if missing:
+            msg = f"holds no {' and no '.join(missing)}; {path}; write the AnnData again"
+            raise InputFileError(msg)
         with quiet():
             obs, var = (_frame(read_elem(store[slot])) for slot in ("obs", "var"))
         names = {slot: sorted(map(str, store[slot])) if slot in store else [] for slot in SLOTS}

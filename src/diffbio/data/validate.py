@@ -66,6 +66,8 @@ def check_counts(
     n_cells, n_genes = _shape(matrix, name)
     check_names(obs_names, var_names)
     place = _Place(name, obs_names, var_names)
+    not_finite = _Wrong(place, "are NaN or infinite", "remove those cells or genes")
+    negative = _Wrong(place, "are negative", "pass raw counts, as layer= if X is scaled")
     cells_empty, n_values, n_fractional = 0, 0, 0
     largest, total = 0.0, 0.0
     fractional: tuple[int, int, float] | None = None
@@ -75,10 +77,8 @@ def check_counts(
         _check_dtype(values.dtype, name)
         floating = np.issubdtype(values.dtype, np.floating)
         if floating:
-            place.refuse(
-                ~np.isfinite(values), start, rows, "are NaN or infinite", "remove those cells or genes"
-            )
-        place.refuse(values < 0, start, rows, "are negative", "pass raw counts, as layer= if X is scaled")
+            not_finite.add(~np.isfinite(values), start, rows)
+        negative.add(values < 0, start, rows)
         if floating:
             wrong = values != np.floor(values)
             n_wrong = int(wrong.sum())
@@ -92,6 +92,8 @@ def check_counts(
         cells_empty += int((np.diff(np.concatenate([[0], np.cumsum(used)])[rows.starts]) == 0).sum())
         n_values += int(used.sum())
         total += float(values.sum(dtype=np.float64))
+    not_finite.refuse()
+    negative.refuse()
     if not n_values:
         msg = f"{name}: all {n_cells} x {n_genes} values are zero; pass the layer that holds the counts (--layer)"
         raise DataError(msg)
@@ -116,7 +118,11 @@ def check_ambient_profile(profile: Any, n_genes: int) -> NDArray[np.float32]:
     ------
     DataError : wrong length, NaN, negative, only zeros, or a sum above 1 by more than 1e-3.
     """
-    fractions = np.asarray(profile, np.float64).ravel()
+    try:
+        fractions = np.asarray(profile, np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        msg = f"ambient_profile holds no numbers ({np.asarray(profile).dtype}); give the gene fractions of the soup"
+        raise DataError(msg) from error
     if fractions.shape != (n_genes,):
         problem = f"has {fractions.shape[0]} entries for {n_genes} genes"
     elif not np.isfinite(fractions).all():
@@ -165,15 +171,29 @@ class _Place(NamedTuple):
         gene_name = "" if self.var_names is None else f" ({self.var_names[gene]!s})"
         return f"cell {cell}{cell_name}, gene {gene}{gene_name}"
 
-    def refuse(self, wrong: NDArray[np.bool_], start: int, rows: Any, what: str, how: str) -> None:
-        if not wrong.any():
-            return
-        cell, gene, value = self.locate(wrong, start, rows)
-        msg = (
-            f"{self.name}: {int(wrong.sum())} values {what}; the first is {value:g} at "
-            f"{self.words(cell, gene)}; {how}"
-        )
-        raise DataError(msg)
+
+class _Wrong:
+    """Counts values that are wrong in one way, and knows the first of them."""
+
+    def __init__(self, place: _Place, what: str, how: str) -> None:
+        self.place, self.what, self.how = place, what, how
+        self.count = 0
+        self.first = (0, 0, 0.0)
+
+    def add(self, wrong: NDArray[np.bool_], start: int, rows: Any) -> None:
+        if wrong.any():
+            if not self.count:
+                self.first = self.place.locate(wrong, start, rows)
+            self.count += int(wrong.sum())
+
+    def refuse(self) -> None:
+        if self.count:
+            cell, gene, value = self.first
+            msg = (
+                f"{self.place.name}: {self.count} values {self.what}; the first is {value:g} at "
+                f"{self.place.words(cell, gene)}; {self.how}"
+            )
+            raise DataError(msg)
 
 
 def _warn(message: str) -> None:

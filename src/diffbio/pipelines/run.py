@@ -111,6 +111,7 @@ def analyse(
     on_disk: bool = False,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> "Analysis":
@@ -121,6 +122,7 @@ def analyse(
         on_disk: leaves the matrices of a .h5ad or .zarr where they are.
         checkpoint: folder for `diffbio.fit` to save to.
         resume: goes on from it.
+        force: goes on even if settings are others by now.
         progress: shows how training goes.
         settings: fields of `RunSettings`, `SingleCellPipelineConfig` (without n_genes and n_batches) and
             `diffbio.train.Settings`.
@@ -141,6 +143,7 @@ def analyse(
             prepared.source,
             checkpoint=checkpoint,
             resume=resume,
+            force=force,
             progress=progress,
             seed=run.seed,
             **training,
@@ -245,7 +248,7 @@ def _profile(var: pd.DataFrame, column: str | None) -> np.ndarray | None:
         msg = f"var has no column {column!r}; it has {', '.join(map(str, var.columns)) or 'none'}"
         raise MissingKeyError(msg)
     name = column or slots.AMBIENT_PROFILE
-    return var[name].to_numpy(dtype=np.float64) if name in var else None
+    return var[name].to_numpy() if name in var else None
 
 
 def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSettings) -> SingleCellPipeline:

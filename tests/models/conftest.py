@@ -30,5 +30,5 @@ def trained():
 @pytest.fixture(scope="session")
 def annotated(trained):
     model = SCANVI.from_scvi_model(trained, "Unknown")
-    model.train(max_epochs=8, batch_size=32, train_size=0.8, plan_kwargs={"lr": 5e-3}, progress=False)
+    model.train(max_epochs=8, batch_size=32, train_size=0.6, plan_kwargs={"lr": 5e-3}, progress=False)
     return model

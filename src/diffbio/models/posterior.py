@@ -52,9 +52,11 @@ def posterior(module: SCVI, batch: Batch) -> Posterior:
     known = _covariates(module, given, given.get("batch_index"))
     if "qz_mean" in batch:
         q = Gaussian(batch["qz_mean"], jnp.log(batch["qz_var"]))
-        return Posterior(_by_type(module, known, q), q, None, jnp.log(jnp.maximum(batch["library"], 1.0)))
-    drawn = module.draw(batch["counts"], known, None)  # in eval mode: the means
-    return Posterior(_by_type(module, known, drawn.q), drawn.q, drawn.q_library, drawn.log_library)
+        q_library, log_library = None, jnp.log(jnp.maximum(batch["library"], 1.0))
+    else:
+        _, _, q_library, log_library = drawn = module.draw(batch["counts"], known, None)  # in eval mode: the means
+        q = drawn.q
+    return Posterior(_by_type(module, known, q, batch.get("batch_labels")), q, q_library, log_library)
 
 
 def latents(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
@@ -207,7 +209,15 @@ def classes(module: SCANVI, batch: Batch, key: jax.Array, *, draw: bool) -> dict
     """Log probabilities of the cell types at the mean (or a draw) of q(z | x), at the module's temperature."""
     p = posterior(module, batch)
     z = _draw(p, key).z if draw else p.q.mean
-    return {"log_probability": module.log_class_probabilities(z, module.temperature[...])}
+    return {"log_probability": log_classes(module, z, module.temperature[...], batch.get("batch_labels"))}
+
+
+def log_classes(
+    module: SCANVI, z: jax.Array, temperature: jax.Array | float, batch_labels: jax.Array | None
+) -> jax.Array:
+    """Log q(c | z), or of a classifier that knows batches log q(c | z, batch); (cells, types)."""
+    known = () if getattr(module.classifier, "by_batch", None) is None else (batch_labels,)
+    return module.log_class_probabilities(z, temperature, *known)
 
 
 def _draw(p: Posterior, key: jax.Array) -> Drawn:
@@ -228,14 +238,14 @@ def _covariates(module: SCVI, given: Mapping[str, Any], batch_index: jax.Array |
 def _as_batch(module: SCVI, batch: Batch, p: Posterior, code: jax.Array) -> Covariates:
     """The covariates as if every cell were of batch `code`."""
     known = _covariates(module, forward_arguments(batch), jnp.full(p.log_library.shape, code))
-    return _by_type(module, known, p.q)
+    return _by_type(module, known, p.q, batch.get("batch_labels"))
 
 
-def _by_type(module: SCVI, known: Covariates, q: Gaussian) -> Covariates:
+def _by_type(module: SCVI, known: Covariates, q: Gaussian, batch_labels: jax.Array | None) -> Covariates:
     """With a dispersion by cell type, an unlabelled cell takes that of the types it may be."""
     if module.dispersion != "gene-label" or not isinstance(module, SCANVI):
         return known
-    likely = jnp.exp(module.log_class_probabilities(q.mean))
+    likely = jnp.exp(log_classes(module, q.mean, 1.0, batch_labels))
     groups = likely if known.groups is None else known.groups
     return known._replace(groups=jnp.where(groups.sum(-1, keepdims=True) > 0, groups, likely))
 

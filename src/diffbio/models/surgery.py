@@ -65,11 +65,14 @@ def widened(
     batches_new: list[Input] = [("batch", b) for b in new.batches]
     result, mask = {}, {}
     for name, shape in shapes.items():
-        value = weights[name]
+        value = weights[name] if name in weights else np.zeros(shape, np.float32)  # by_batch, after a single batch
         if value.shape == shape:
             result[name], mask[name] = value, np.zeros((), np.float32)
         elif name.endswith("log_theta"):  # one row for each batch
             result[name], mask[name] = rows_by_name(value, batches_old, batches_new)
+        elif name.endswith("by_batch"):  # a classifier's share for each batch: none for a new one
+            rows, is_new = rows_by_name(value, batches_old, batches_new)
+            result[name], mask[name] = np.where(is_new > 0, 0, rows), np.zeros((), np.float32)
         else:  # the one-hot inputs are the last ones of a layer
             own = len(value) - len(inputs_old)
             rows, is_new = rows_by_name(value[own:], inputs_old, inputs_new)

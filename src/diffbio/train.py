@@ -476,7 +476,8 @@ def data_and_versions(source: Source) -> dict[str, str]:
 
 def told(config: Any) -> Any:
     """A config as JSON holds it."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str)) if config is not None else None
+    value = config if isinstance(config, str | None) else dataclasses.asdict(config)  # the models' is a text
+    return json.loads(json.dumps(value, default=str))
 
 
 def same(header: Mapping[str, Any], identity: Mapping[str, Any], path: str | Path, *, force: bool = False) -> None:

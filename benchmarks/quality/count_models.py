@@ -6,14 +6,16 @@ Needs numpy, scipy and scikit-learn alone once a data set is prepared (scanpy pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from benchmarks.quality import integration_data
 from benchmarks.speed.make_counts import make_counts
 
+REPO = integration_data.REPO
 RESULTS = integration_data.RESULTS
-CACHE = integration_data.REPO / "benchmarks" / "cache" / "count_models"
+CACHE = REPO / "benchmarks" / "cache" / "count_models"
 LIKELIHOOD_DATA = ("pbmc_three_chemistries", "kang_pbmc_ifnb", "pbmc3k", "generated_20000")
 LABEL_DATA = ("pbmc_three_chemistries", "scmix_cell_lines", "pbmc3k", "generated_6000")
 FRACTIONS = (0.01, 0.05, 0.1)
@@ -41,6 +43,18 @@ class Data:
     def n_types(self) -> int:
         """Number of cell types."""
         return int(self.cell_type.max()) + 1
+
+    def annotated(self, cells: np.ndarray | None = None, labels: np.ndarray | None = None) -> Any:
+        """An AnnData of these cells (None: all), with obs "batch" and, where given, "labels" of all cells."""
+        import anndata
+        import pandas as pd
+
+        chosen = np.arange(self.counts.shape[0]) if cells is None else cells
+        obs = pd.DataFrame({"batch": pd.Categorical(self.batch.astype(str))}).iloc[chosen]
+        if labels is not None:
+            obs["labels"] = pd.Categorical(labels[chosen])
+        obs.index = chosen.astype(str)
+        return anndata.AnnData(self.counts[chosen].astype(np.float32), obs=obs)
 
 
 def load(name: str) -> Data:

@@ -21,6 +21,7 @@ from .base import flat_state, rows_of, set_state
 from .base import setup as note_setup
 from .calibration import best_temperature, expected_calibration_error
 from .cells import LabelledBeside
+from .defaults import SCANVI_TRAINING
 from .queries import Queries
 from .registry import Registry
 from .scvi import SCVI, listed
@@ -39,8 +40,10 @@ class SCANVI(Queries):
         adata: as `SCANVI.setup_anndata` was called with.
         n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, use_observed_lib_size,
             log_variational, encode_covariates, seed: as for `SCVI`.
-        linear_classifier: the classifier is one linear layer.
-        classifier_parameters: n_hidden, n_layers, dropout_rate of the classifier, where they differ.
+        linear_classifier: the classifier is one linear layer, which training ends by fitting for itself (see
+            `nn.class_fit`): more accurate and better calibrated than a network of few labels.
+        classifier_parameters: n_hidden, n_layers, dropout_rate of the classifier, where they differ; by_batch:
+            batches have intercepts and slopes of their own (True if the classifier is linear).
         y_prior: prior probabilities of the cell types, in the order of the categories; None is uniform.
         labels_groups: for each type the number of its group; use_labels_groups: types are told apart within
             groups, which have a classifier of their own.
@@ -53,14 +56,7 @@ class SCANVI(Queries):
     module_class = Module
     module: Module
     saved_notes: ClassVar[tuple[str, ...]] = (*Queries.saved_notes, "held_out_labels", "was_pretrained")
-    fit_defaults: ClassVar[Mapping[str, Any]] = {
-        **SCVI.fit_defaults,
-        "max_epochs_pretrained": 100,  # after from_scvi_model
-        "n_epochs_kl_warmup_pretrained": 0,
-        "classification_ratio": 50.0,
-        # fewer held-out labels than this judge nothing: all labelled cells are trained on, and none calibrates
-        "least_held_out_labels": 20,
-    }
+    fit_defaults: ClassVar[Mapping[str, Any]] = SCANVI_TRAINING
 
     def __init__(
         self,
@@ -72,7 +68,7 @@ class SCANVI(Queries):
         dispersion: str = "gene",
         gene_likelihood: str = "zinb",
         use_observed_lib_size: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
-        linear_classifier: bool = False,  # noqa: FBT001, FBT002
+        linear_classifier: bool = True,  # noqa: FBT001, FBT002
         *,
         log_variational: bool = True,
         encode_covariates: bool = False,
@@ -202,6 +198,8 @@ class SCANVI(Queries):
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch, and calibrates its answers.
 
+        At the end a linear classifier without groups is fitted anew to the latent space that was learned, by the
+        labelled and the unlabelled cells (`nn.class_fit`).
         With every minibatch goes one of labelled cells, for the classifier. Labelled cells among those held out
         are not trained on and calibrate the probabilities, if they are `least_held_out_labels` at least; fewer
         are trained on, and nothing is calibrated.
@@ -231,8 +229,8 @@ class SCANVI(Queries):
             raise ConfigError(msg)
         cells = self._trainable_cells()
         if self.was_pretrained:
-            warm_up = {"n_epochs_kl_warmup": self.fit_defaults["n_epochs_kl_warmup_pretrained"]}
-            plan_kwargs = {**warm_up, **(plan_kwargs or {})}
+            own = {key: self.fit_defaults[f"{key}_pretrained"] for key in ("n_epochs_kl_warmup", "lr")}
+            plan_kwargs = {**own, **(plan_kwargs or {})}
         settings = self._settings(
             max_epochs=max_epochs, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
             early_stopping_patience=early_stopping_patience, early_stopping_min_delta=early_stopping_min_delta,
@@ -248,6 +246,8 @@ class SCANVI(Queries):
             source=source, held_out=held_out, settings=settings, plan_kwargs=plan_kwargs,
             checkpoint=checkpoint, resume=resume, progress=progress,
         )
+        if known.any() and self.trainable is None:  # a query keeps the reference's classifier
+            self._fit_classifier(known)
         if len(self.held_out_labels):
             self._calibrate()
         return history
@@ -342,14 +342,27 @@ class SCANVI(Queries):
             n_samples_per_label=n_samples_per_label, seed=settings.seed,
         )
 
+    def _fit_classifier(self, known: np.ndarray) -> None:
+        """The classifier that goes best with the trained latent space; cross entropy alone overfits few labels."""
+        if self.module.classifier.network.blocks or self.module.classifier_groups is not None:
+            return
+        columns = self.cells().columns
+        seen = known.copy()
+        seen[self.held_out_labels] = False
+        if not seen.any():
+            return
+        z = joined(self.evaluate(posterior.latents))["mean"]
+        self.module.fit_classifier(z, np.where(seen, columns["labels"], -1), columns.get("batch_labels"))
+
     def _calibrate(self) -> None:
         rows = self.held_out_labels
         z = jnp.asarray(joined(self.evaluate(posterior.latents, indices=rows))["mean"])
-        labels = self.cells().columns["labels"][rows]
+        columns = {key: jnp.asarray(column[rows]) for key, column in self.cells().columns.items()}
+        labels = columns["labels"]
 
         @jax.jit
         def loss(temperature: jax.Array) -> jax.Array:
-            log_p = self.module.log_class_probabilities(z, temperature)
+            log_p = posterior.log_classes(self.module, z, temperature, columns.get("batch_labels"))
             return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
 
         self.module.temperature.set_value(jnp.asarray(best_temperature(loss)))
@@ -358,7 +371,7 @@ class SCANVI(Queries):
         init = self.init_params
         parameters = dict(init["classifier_parameters"])
         if init["linear_classifier"]:
-            parameters["n_layers"] = 0
+            parameters = {"by_batch": not init["use_labels_groups"], **parameters, "n_layers": 0}
         kept = {key: value for key, value in init.items() if key != "linear_classifier"}
         module = self._built({**kept, "classifier_parameters": parameters}, seed)
         assert isinstance(module, Module)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..errors import ConfigError
 from ..math.distributions import gaussian_kl
+from .class_fit import fit_classes
 from .count_vae import Encoder, Gaussian
 from .mlp import MLP
 from .scvi import SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
@@ -30,6 +32,7 @@ class Classifier(nnx.Module):
     """Logits of the classes from a latent position.
 
     n_layers: hidden layers; 0 is a linear classifier.
+    n_batch: with more than 0, every batch adds an intercept and slopes of its own, 0 at first.
     """
 
     def __init__(
@@ -40,14 +43,22 @@ class Classifier(nnx.Module):
         n_hidden: int = 128,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
+        n_batch: int = 0,
         rngs: nnx.Rngs,
     ) -> None:
         self.network = MLP(n_input, (n_hidden,) * n_layers, dropout_rate=dropout_rate, rngs=rngs)
         self.logits = nnx.Linear(self.network.n_outputs, n_classes, rngs=rngs)
+        self.by_batch = nnx.data(nnx.Param(jnp.zeros((n_batch, n_input + 1, n_classes))) if n_batch else None)
 
-    def __call__(self, z: Float[Array, "cells latent"]) -> Float[Array, "cells classes"]:
-        """Unnormalised log probabilities."""
-        return self.logits(self.network(z))
+    def __call__(
+        self, z: Float[Array, "cells latent"], batch: Float[Array, "cells batches"] | None = None
+    ) -> Float[Array, "cells classes"]:
+        """Unnormalised log probabilities; batch: one-hot, None and rows of 0 are of no known batch."""
+        logits = self.logits(self.network(z))
+        if self.by_batch is None or batch is None:
+            return logits
+        own = jnp.asarray(self.by_batch[...], z.dtype)
+        return logits + jnp.einsum("ns,nd,sdk->nk", batch, z, own[:, :-1]) + batch @ own[:, -1]
 
 
 class Bound(NamedTuple):
@@ -66,7 +77,8 @@ class SCANVI(SCVI):
     y_prior: their prior probabilities, (n_labels,) or (1, n_labels); None is uniform.
     labels_groups: for each label the number of its group, 0 to the largest without a gap.
     use_labels_groups: q(c | z) = q(group | z) q(c | group, z), with a classifier of the groups.
-    classifier_parameters: n_hidden, n_layers (0: linear), dropout_rate of the classifier, where they differ.
+    classifier_parameters: n_hidden, n_layers (0: linear), dropout_rate of the classifier, where they differ;
+        by_batch: q(c | z, batch) in place of q(c | z), see `Classifier` (False).
 
     Raises:
         ConfigError: an argument is out of range, or they contradict each other.
@@ -104,11 +116,14 @@ class SCANVI(SCVI):
         self.log_y_prior = Constant(_log_prior(y_prior, n_labels))
         # divides the logits when classes are predicted; set on held-out labelled cells to calibrate
         self.temperature = Constant(jnp.ones(()))
-        settings: dict[str, Any] = {"n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate}
+        settings: dict[str, Any] = {
+            "n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate, "by_batch": False
+        }
         if odd := set(classifier_parameters or {}) - set(settings):
             msg = f"SCANVI: unknown classifier_parameters {sorted(odd)}; known are {', '.join(settings)}."
             raise ConfigError(msg)
         settings |= dict(classifier_parameters or {})
+        settings["n_batch"] = self.n_batch if settings.pop("by_batch") else 0
         self.classifier = Classifier(n_latent, n_labels, rngs=rngs, **settings)
         n_groups = max(groups) + 1 if groups else 0
         self.classifier_groups = nnx.data(
@@ -134,12 +149,12 @@ class SCANVI(SCVI):
     ) -> Float[Array, "cells labels"]:
         """Probabilities of the cell types from the mean of q(z | x): q(c | z) at the module's temperature.
 
-        Covariates are read by models with encode_covariates alone.
+        Covariates are read by models with encode_covariates alone, batch_index by a classifier with by_batch, too.
         """
         needed = self.vae.encode_covariates
         known = self.covariates(batch_index, None, cat_covs, cont_covs, None, needed=needed)
         z = self.vae.encode(x, known.injected, known.continuous).mean
-        return jnp.exp(self.log_class_probabilities(z, self.temperature[...]))
+        return jnp.exp(self.log_class_probabilities(z, self.temperature[...], batch_index))
 
     def get_latents(
         self,
@@ -211,13 +226,15 @@ class SCANVI(SCVI):
         if "labelled_counts" in data:
             own = {k.removeprefix("labelled_"): v for k, v in data.items() if k.startswith("labelled_")}
             arguments = forward_arguments(own)
+            batch_index = arguments.get("batch_index")
             label = one_hot(own["labels"], self.n_labels, who="SCANVI", name="labels")
             extra = (arguments.get("cat_covs"), arguments.get("cont_covs"))
-            known = self.covariates(arguments.get("batch_index"), None, *extra, None, needed=self.vae.encode_covariates)
+            known = self.covariates(batch_index, None, *extra, None, needed=self.vae.encode_covariates)
             mean, weight = self.vae.encode(own["counts"], known.injected, known.continuous).mean, label.sum(-1)
         else:
             label, weight, mean = self._labels(given[1], bound.kl.shape[0]), known_weight, drawn.q.mean
-        log_class = self.log_class_probabilities(mean)
+            batch_index = given[0]
+        log_class = self.log_class_probabilities(mean, 1.0, batch_index)
         n_labelled = jnp.maximum(weight.sum(), 1.0)
         cross_entropy = -(label * log_class).sum() / n_labelled
         right = (jnp.argmax(log_class, -1) == jnp.argmax(label, -1)) * weight
@@ -247,7 +264,7 @@ class SCANVI(SCVI):
         drawn = self.draw(x, known, for_z)
         label = self._labels(y, drawn.z.shape[0])
         is_labelled = (label.sum(-1) > UNKNOWN_WEIGHT).astype(label.dtype)
-        log_q = self.log_class_probabilities(drawn.z)
+        log_q = self.log_class_probabilities(drawn.z, 1.0, batch_index)
         q = jnp.where(is_labelled[:, None] > 0, label, jnp.exp(log_q))
         if self.dispersion == "gene-label":
             known = known._replace(groups=q)
@@ -272,17 +289,48 @@ class SCANVI(SCVI):
         return _log_normal(z_wide, p).reshape(cells, n), gaussian_kl(*q).reshape(cells, n)
 
     def log_class_probabilities(
-        self, z: Float[Array, "cells latent"], temperature: jax.Array | float = 1.0
+        self,
+        z: Float[Array, "cells latent"],
+        temperature: jax.Array | float = 1.0,
+        batch_index: Array | None = None,
     ) -> Float[Array, "cells labels"]:
-        """Log q(c | z); with groups, the types of a group share its probability."""
-        logits = self.classifier(z) / temperature
+        """Log q(c | z), with by_batch log q(c | z, batch); with groups, the types of a group share its probability."""
+        batch = None
+        if self.classifier.by_batch is not None and batch_index is not None:
+            batch = one_hot(batch_index, self.n_batch, who="SCANVI", name="batch_index")
+        logits = self.classifier(z, batch) / temperature
         if self.classifier_groups is None:
             return jax.nn.log_softmax(logits)
         group = jnp.asarray(self.labels_groups)
-        log_group = jax.nn.log_softmax(self.classifier_groups(z) / temperature)
+        log_group = jax.nn.log_softmax(self.classifier_groups(z, batch) / temperature)
         same = jax.nn.one_hot(group, log_group.shape[-1], dtype=bool)  # (labels, groups)
         in_group = jax.nn.logsumexp(jnp.where(same.T[None], logits[:, None, :], -jnp.inf), axis=-1)
         return logits - in_group[:, group] + log_group[:, group]
+
+    def fit_classifier(self, z: np.ndarray, labels: np.ndarray, batch_labels: np.ndarray | None = None) -> None:
+        """Sets a linear classifier by `class_fit.fit_classes`, on the host; its temperature is 1.
+
+        z: means of q(z | x) of all cells, labelled and not. labels: codes; outside 0..n_labels-1: unlabelled.
+        batch_labels: codes of all cells, read with by_batch.
+
+        Raises:
+            ConfigError: the classifier has hidden layers or groups.
+            DataError: no cell is labelled.
+        """
+        if self.classifier.network.blocks or self.classifier_groups is not None:
+            msg = "SCANVI: fit_classifier needs a linear classifier (classifier_parameters n_layers=0) without groups."
+            raise ConfigError(msg)
+        own = self.classifier.by_batch
+        n_batch = 0 if own is None or batch_labels is None else self.n_batch
+        found = fit_classes(z, labels, self.n_labels, batch_labels, n_batch)
+        starts: list[tuple[Any, np.ndarray]] = [
+            (self.classifier.logits.kernel, found.kernel), (self.classifier.logits.bias, found.bias)
+        ]
+        if own is not None and n_batch:
+            starts.append((own, found.by_batch))
+        for param, value in starts:
+            param.set_value(jnp.asarray(value, param[...].dtype))
+        self.temperature.set_value(jnp.ones(()))
 
     def _labels(self, y: Array | None, cells: int) -> Float[Array, "cells labels"]:
         if y is None:

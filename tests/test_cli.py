@@ -426,28 +426,49 @@ def hostile():
     }  # fmt: skip
 
 
-def test_stop_and_go_on_gives_what_an_undisturbed_run_gives(tmp_path):
+def stopped_by(number, arguments, folder, epoch):
+    """Runs, sends a signal in the given epoch, and returns the exit code, the error and what went before."""
+    with in_process(arguments, cwd=folder) as process:
+        before = []
+        for line in process.stderr:
+            before.append(line)
+            if f"epoch {epoch}/" in line:
+                break
+        process.send_signal(number)
+        sent = time.monotonic()
+        rest = process.stderr.read()
+    assert time.monotonic() - sent < 10
+    return process.returncode, next(line for line in rest.splitlines() if line.startswith("error: ")), "".join(before)
+
+
+def test_stop_and_go_on_gives_what_an_undisturbed_run_gives(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "räume und leerzeichen"
     folder.mkdir()
     saved(folder)
     (folder / "run.yaml").write_text(ONE_STAGE)
     start = ["run", "cells.h5ad", "-o", "out.h5ad", "--config", "run.yaml"]
-    with in_process(start, cwd=folder) as process:
-        next(line for line in process.stderr if "epoch 5/" in line)
-        process.send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        rest = process.stderr.read()
-    assert process.returncode == 143, rest
-    assert time.monotonic() - sent < 10
+    monkeypatch.chdir(folder)
+    said = failed(capsys, [*start, "--resume"], 4)
+    assert "no checkpoint to go on from; out.h5ad.checkpoint; leave out --resume" in said
+    code, message, _ = stopped_by(signal.SIGTERM, start, folder, 5)
+    assert code == 143, message
     assert not (folder / "out.h5ad").exists()
-    message = next(line for line in rest.splitlines() if line.startswith("error: "))
     again = shlex.split(message.split("To go on: ")[1])
-    assert again[:2] == ["diffbio", "run"]
-    assert again[-1] == "--resume"
+    assert again == ["diffbio", *start, "--resume"]
+    # what differs is told, and only settings can be forced
+    said = failed(capsys, [*again[1:], "--quiet", "--seed", "1"], 4)
+    assert "settings differs" in said
+    assert "{'seed': 0}, this run has {'seed': 1}" in said
+    assert "--force" in said
+    assert "data differs" in failed(capsys, [*again[1:], "--quiet", "--n-top-genes", "30", "--force"], 4)
+    code, message, before = stopped_by(signal.SIGINT, again[1:], folder, 10)
+    assert code == 130, message
+    assert message.endswith("To go on: " + shlex.join(again))
+    assert "epoch 5/" not in before
     resumed = in_process(again[1:], cwd=folder)
     errors = resumed.communicate()[1]
     assert resumed.returncode == 0, errors
-    assert "epoch 1/" not in errors
+    assert "epoch 10/" not in errors
     # undisturbed, in a hostile environment, to another place with figures
     whole = [*start[:3], "whole.h5ad", *start[4:], "--figures", "füguren", "--quiet"]
     other = in_process(whole, cwd=folder, env=hostile())

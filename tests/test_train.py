@@ -16,6 +16,7 @@ from diffbio.data.source import ArraySource, as_source
 from diffbio.errors import (
     ConfigError,
     DataError,
+    DataWarning,
     ModelFileError,
     OutputError,
     TrainingDivergedError,
@@ -187,6 +188,25 @@ def test_a_checkpoint_replaces_no_saved_model(tmp_path):
     with pytest.raises(OutputError, match="choose another path"):
         fitted(checkpoint=tmp_path / "mine")
     assert Toy.load(tmp_path / "mine").config == ToyConfig()
+
+
+def test_force_goes_on_with_other_settings_and_nothing_else(tmp_path):
+    first = {"checkpoint": tmp_path / "a", "max_epochs": 3}
+    fitted(**first)
+    again = {**first, "resume": True, "max_epochs": 5, "learning_rate": 0.05}
+    with pytest.raises(ModelFileError, match=r"'learning_rate': 0.01}, .*'learning_rate': 0.05}.* force=True \(--force\)"):
+        fitted(**again)
+    with pytest.warns(DataWarning, match="it goes on with those of this run"):
+        _, history = fitted(**again, force=True)
+    assert len(history) == 5
+    with pytest.raises(ModelFileError, match="data differs") as caught:
+        fitted(**again, force=True, data={"counts": CELLS + 1})
+    assert "--force" not in str(caught.value)
+    with (
+        pytest.warns(DataWarning, match="n_latent"),
+        pytest.raises(ModelFileError, match="does not fit this run: an array has shape"),
+    ):
+        fit(Toy(ToyConfig(n_latent=3), rngs=nnx.Rngs(0)), {"counts": CELLS}, **again, force=True, progress=False)
 
 
 def test_a_nan_step_is_skipped_and_counted():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .errors import ConfigError, DataWarning, DiffBioError, InputFileError, OutputError
+from .errors import ConfigError, DataWarning, DiffBioError, InputFileError, ModelFileError, OutputError
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -166,7 +166,10 @@ def run(
         typer.Option(help="Folder to save training in. [default: OUTPUT.checkpoint, removed at the end]"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
-    force: Force = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an existing output file; go on even with other settings."),
+    ] = False,
     allow_non_integer: Annotated[
         bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")
     ] = False,
@@ -289,6 +292,10 @@ def _run(
     check_output(output, force, n_bytes=_size(cells))
     if figures is not None:
         _make(figures)
+    folder = checkpoint or output.with_name(f"{output.name}.checkpoint")
+    if resume and not any(folder.glob("*/model.json")):
+        msg = f"no checkpoint to go on from; {folder}; leave out --resume, or name its folder with --checkpoint"
+        raise ModelFileError(msg)
     from .data.tables import should_stream
     from .errors import TrainingInterrupted
     from .pipelines.run import analyse, sorted_out
@@ -298,10 +305,15 @@ def _run(
     on_disk = should_stream(cells) if stream is None else stream
     if on_disk and stream is None:
         say(f"{cells.name} is large: its counts stay on disk (--in-memory loads them)", err=True)
-    folder = checkpoint or output.with_name(f"{output.name}.checkpoint")
     try:
         analysis = analyse(
-            cells, on_disk=on_disk, checkpoint=folder, resume=resume, progress=not quiet, **settings
+            cells,
+            on_disk=on_disk,
+            checkpoint=folder,
+            resume=resume,
+            force=force,
+            progress=not quiet,
+            **settings,
         )
     except TrainingInterrupted as error:
         again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])

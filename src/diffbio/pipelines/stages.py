@@ -19,7 +19,7 @@ from ..errors import ModelFileError
 from ..history import History
 from ..operators.base import Operator, to_numpy
 from ..scratch import remove, remove_stale
-from ..train import Sampler, Schedule, Settings, data_and_versions, same, train
+from ..train import Sampler, Schedule, Settings, data_and_versions, same, told, train
 from .inference import MappedSource, apply_in_chunks, column, in_memory, joined, map_chunks
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Run:
     settings: Mapping[str, Any]
     checkpoint: Path | None
     resume: bool
-    how: dict[str, Any]  # optimizer and progress, for `train`
+    how: dict[str, Any]  # optimizer, progress and force, for `train`
     schedules: Mapping[str, Schedule] | None
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     done: list[str] = dataclasses.field(default_factory=list)
@@ -51,7 +51,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on between two stages."""
         settings = {k: v for k, v in self.settings.items() if k not in {"max_epochs", "patience"}}
-        return {"config": repr(self.pipeline.config), "settings": settings, **data_and_versions(self.source)}
+        return {"config": told(self.pipeline.config), "settings": settings, **data_and_versions(self.source)}
 
     @property
     def seed(self) -> int:
@@ -126,6 +126,7 @@ def fit_stages(
     schedules: Mapping[str, Schedule] | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
 ) -> History:
     """Trains the enabled stages in their order, then all jointly; returns one history, with the stage in each row.
@@ -136,7 +137,7 @@ def fit_stages(
     """
     labels = column(source, "batch_labels") if "batch_labels" in source.keys else None
     folder = None if checkpoint is None else Path(checkpoint)
-    run = Run(pipeline, source, settings, folder, resume, {"progress": progress}, schedules)
+    run = Run(pipeline, source, settings, folder, resume, {"progress": progress, "force": force}, schedules)
     n_cells = min(source.n_cells, REFERENCE_CELLS)
     pipeline.learn_batches(labels, n_cells)
     pipeline.eval_mode()
@@ -279,7 +280,7 @@ def load_progress(run: Run) -> None:
     if header.get("kind") != PROGRESS:
         msg = f"resume: {run.checkpoint / 'pipeline'} holds no stages of a run; name the checkpoint of this pipeline."
         raise ModelFileError(msg)
-    same(header, run.identity(), run.checkpoint)
+    same(header, run.identity(), run.checkpoint, force=run.how["force"])
     run.pipeline.restore(arrays, where=str(run.checkpoint))
     run.done, run.rows = list(header["done"]), list(header["rows"])
 

@@ -194,7 +194,8 @@ def test_force_goes_on_with_other_settings_and_nothing_else(tmp_path):
     first = {"checkpoint": tmp_path / "a", "max_epochs": 3}
     fitted(**first)
     again = {**first, "resume": True, "max_epochs": 5, "learning_rate": 0.05}
-    with pytest.raises(ModelFileError, match=r"'learning_rate': 0.01}, .*'learning_rate': 0.05}.* force=True \(--force\)"):
+    named = r"'learning_rate': 0.01}, .*'learning_rate': 0.05}.* force=True \(--force\)"
+    with pytest.raises(ModelFileError, match=named):
         fitted(**again)
     with pytest.warns(DataWarning, match="it goes on with those of this run"):
         _, history = fitted(**again, force=True)

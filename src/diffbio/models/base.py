@@ -11,18 +11,18 @@ import pandas as pd
 from flax import nnx
 from scipy import sparse
 
-from .. import storage
 from ..chunks import CHUNK_CELLS, Chunk, in_chunks, joined
 from ..data.source import Source
-from ..errors import ConfigError, DataError, DataWarning, ModelFileError
+from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
 from ..nn.scvi import SCVI as Module
-from ..operators.base import from_numpy, to_numpy
 from ..train import Settings, Split, split, train
-from . import posterior, surgery
+from . import posterior, saved, surgery
 from .cells import LATENT_MEAN, LATENT_VAR, LIBRARY, CellSource, cells_of, counts_of_rows, library_sizes
 from .defaults import scvi_epochs
 from .registry import MINIFIED, Registry
+from .state import flat_state as flat_state
+from .state import set_state as set_state
 from .training import Trainee, masked, plan_of
 
 if TYPE_CHECKING:
@@ -330,23 +330,7 @@ class Model:
         if not overwrite and Path(dir_path).exists():
             msg = f"save: {dir_path} exists; pass overwrite=True to replace it."
             raise ConfigError(msg)
-        header = {
-            "kind": "model",
-            "model": type(self).__name__,
-            "registry": self.registry.to_json(),
-            "init_params": self.init_params,
-            "seed": self.seed,
-            "is_trained": self.is_trained,
-            "history": {"rows": self.training_history.rows, "best_epoch": self.training_history.best_epoch,
-                        "stopped_early": self.training_history.stopped_early},
-        }
-        arrays = {f"module/{name}": to_numpy(leaf) for name, leaf in flat_state(self.module).items()}
-        arrays |= {f"trainable/{name}": np.asarray(value) for name, value in (self.trainable or {}).items()}
-        notes = {name: getattr(self, name) for name in self.saved_notes}
-        arrays |= {name: np.asarray(value) for name, value in notes.items() if value is not None}
-        if self.library_prior is not None:
-            arrays["library_mean"], arrays["library_var"] = self.library_prior
-        return storage.save_folder(dir_path, header, arrays)
+        return saved.write(self, dir_path)
 
     @classmethod
     def load(cls, dir_path: str | Path, adata: "AnnData | None" = None) -> Self:
@@ -360,27 +344,11 @@ class Model:
             ModelFileError: the folder is damaged or holds another kind of model.
             DataError: `adata` does not fit the model.
         """
-        header, arrays = storage.load_folder(dir_path)
-        if header.get("model") != cls.__name__:
-            msg = f"load: {dir_path} holds {header.get('model') or header.get('operator')!r}, not {cls.__name__}."
-            raise ModelFileError(msg)
-        try:
-            registry, history = Registry.from_json(header["registry"]), History(**header["history"])
-            model = cls(None, registry=registry, seed=int(header["seed"]), **header["init_params"])
-            model.is_trained, model.training_history = bool(header["is_trained"]), history
-            set_state(model.module, {k[7:]: v for k, v in arrays.items() if k.startswith("module/")})
-        except (KeyError, TypeError, ValueError) as error:
-            msg = f"load: {dir_path} does not fit {cls.__name__}: {error}"
-            raise ModelFileError(msg) from error
-        model.trainable = {k[10:]: v for k, v in arrays.items() if k.startswith("trainable/")} or None
-        for name in cls.saved_notes:
-            if name in arrays:
-                setattr(model, name, arrays[name])
-        if "library_mean" in arrays:
-            model.library_prior = arrays["library_mean"], arrays["library_var"]
+        model = saved.read(cls, dir_path)
+        assert isinstance(model, cls)
         if adata is not None:
             model._check_var_names(adata)
-            registry.store(adata)
+            model.registry.store(adata)
             model._attach(adata)
         return model
 
@@ -509,31 +477,6 @@ def rows_of(indices: Any, n_cells: int) -> np.ndarray:
 def setup(model: str, adata: "AnnData", arguments: Mapping[str, Any]) -> None:
     """Checks `adata` and notes how a model is to read it."""
     Registry.of(model, adata, arguments).store(adata)
-
-
-def flat_state(module: nnx.Module) -> dict[str, nnx.Variable[Any]]:
-    """All arrays of a module by name."""
-    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(module))}
-
-
-def set_state(module: nnx.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Takes over arrays by name.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    flat = dict(nnx.to_flat_state(nnx.state(module)))
-    names = {"/".join(map(str, path)): path for path in flat}
-    if odd := sorted(set(names) ^ set(arrays)):
-        msg = f"weights differ in {odd[:4]}"
-        raise ValueError(msg)
-    for name, path in names.items():
-        value = from_numpy(arrays[name], like=flat[path][...])
-        if value.shape != flat[path][...].shape:
-            msg = f"{name} has shape {value.shape}, expected {flat[path][...].shape}"
-            raise ValueError(msg)
-        flat[path].set_value(value)
-    nnx.update(module, nnx.from_flat_state(flat))
 
 
 def _library_prior(counts: Source, batch: np.ndarray | None, n_batches: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from ..data.source import counts_of
 from ..errors import ConfigError
 from ..operators.base import to_numpy
 from .registry import Registry, check_setup_counts
+from .state import flat_state, set_state
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,8 +30,6 @@ def query_model(
     cls: type["Model"], adata: "AnnData", reference: "Model", *, unfrozen: bool
 ) -> "Model":
     """A model of the query `adata` with the reference's weights, widened by the query's new categories."""
-    from .base import flat_state, set_state  # base imports this module
-
     old = reference.registry
     check_setup_counts(adata, old.setup.get("layer"))
     new = old.extended(adata)

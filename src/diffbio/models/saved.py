@@ -1,0 +1,64 @@
+"""Models in folders: JSON and safetensors, no pickle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import storage
+from ..errors import ModelFileError
+from ..history import History
+from ..operators.base import to_numpy
+from .registry import Registry
+from .state import flat_state, set_state
+
+if TYPE_CHECKING:
+    from .base import Model
+
+
+def write(model: "Model", dir_path: str | Path) -> Path:
+    """What `Model.save` writes: arguments, registry and history as JSON, weights as arrays."""
+    header = {
+        "kind": "model",
+        "model": type(model).__name__,
+        "registry": model.registry.to_json(),
+        "init_params": model.init_params,
+        "seed": model.seed,
+        "is_trained": model.is_trained,
+        "history": {"rows": model.training_history.rows, "best_epoch": model.training_history.best_epoch,
+                    "stopped_early": model.training_history.stopped_early},
+    }
+    arrays = {f"module/{name}": to_numpy(leaf) for name, leaf in flat_state(model.module).items()}
+    arrays |= {f"trainable/{name}": np.asarray(value) for name, value in (model.trainable or {}).items()}
+    notes = {name: getattr(model, name) for name in model.saved_notes}
+    arrays |= {name: np.asarray(value) for name, value in notes.items() if value is not None}
+    if model.library_prior is not None:
+        arrays["library_mean"], arrays["library_var"] = model.library_prior
+    return storage.save_folder(dir_path, header, arrays)
+
+
+def read(cls: type["Model"], dir_path: str | Path) -> "Model":
+    """The model in a folder, without data.
+
+    Raises:
+        ModelFileError: the folder is damaged or holds another kind of model.
+    """
+    header, arrays = storage.load_folder(dir_path)
+    if header.get("model") != cls.__name__:
+        msg = f"load: {dir_path} holds {header.get('model') or header.get('operator')!r}, not {cls.__name__}."
+        raise ModelFileError(msg)
+    try:
+        registry, history = Registry.from_json(header["registry"]), History(**header["history"])
+        model = cls(None, registry=registry, seed=int(header["seed"]), **header["init_params"])
+        model.is_trained, model.training_history = bool(header["is_trained"]), history
+        set_state(model.module, {k[7:]: v for k, v in arrays.items() if k.startswith("module/")})
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"load: {dir_path} does not fit {cls.__name__}: {error}"
+        raise ModelFileError(msg) from error
+    model.trainable = {k[10:]: v for k, v in arrays.items() if k.startswith("trainable/")} or None
+    for name in cls.saved_notes:
+        if name in arrays:
+            setattr(model, name, arrays[name])
+    if "library_mean" in arrays:
+        model.library_prior = arrays["library_mean"], arrays["library_var"]
+    return model

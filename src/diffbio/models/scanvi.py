@@ -242,6 +242,10 @@ class SCANVI(Queries):
         known = cells.columns["labels"] < len(self.registry.labels)
         if known.any():  # a query may have no labels at all
             source = self._beside_labelled(cells, known, held_out, settings, n_samples_per_label)
+            if self.was_pretrained and self.trainable is None:
+                # a random classifier's cross entropy would push about the latent space that SCVI has learned
+                self.is_trained = True
+                self._fit_classifier(known)
         history = self._train(
             source=source, held_out=held_out, settings=settings, plan_kwargs=plan_kwargs,
             checkpoint=checkpoint, resume=resume, progress=progress,
@@ -341,6 +345,10 @@ class SCANVI(Queries):
             cells, np.flatnonzero(seen), held_out=outside, labelled_held_out=self.held_out_labels,
             n_samples_per_label=n_samples_per_label, seed=settings.seed,
         )
+
+    def _start_from(self, rows: np.ndarray, seed: int) -> None:
+        if not self.was_pretrained:  # SCVI's decoder is better than the moments of the counts
+            super()._start_from(rows, seed)
 
     def _fit_classifier(self, known: np.ndarray) -> None:
         """The classifier that goes best with the trained latent space; cross entropy alone overfits few labels."""

@@ -199,8 +199,10 @@ class SingleCellPipeline(Operator):
 
         So the VAE is trained for reconstruction, for compact clusters (weight `clustering_weight`) and for a
         faithful embedding (weight `embedding_weight`). The embedding's term reads the batch as pairs of
-        neighbours: first half heads, second half tails. These terms take the cleaned counts as given: a
-        likelihood falls with every count removed, so that ambient removal must answer to the droplets alone.
+        neighbours: first half heads, second half tails.
+
+        In `fit` this trains all parts but ambient removal, which keeps what its own objective has taught it: a
+        likelihood rises with every count that is removed, so that it would remove them all.
         """
         inputs = self._inputs(data)
         counts, labels = inputs["counts"], inputs.get("batch_labels")
@@ -210,8 +212,7 @@ class SingleCellPipeline(Operator):
             stage = {"counts": counts, "ambient_profile": inputs["ambient_profile"]}
             metrics["ambient"], _ = self.ambient_removal.objective(stage)
             loss = loss + metrics["ambient"]
-            clean = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
-            counts = jax.lax.stop_gradient(clean)
+            counts = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
         labelled = {} if labels is None else {"batch_labels": labels}
         metrics["vae"], parts = self.vae_normalizer.objective({"counts": counts, **labelled}, kl_weight=kl_weight)
         metrics |= {key: parts[key] for key in ("reconstruction", "kl")}

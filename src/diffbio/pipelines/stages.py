@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,8 +68,9 @@ class Run:
         *,
         sampler: Sampler | None = None,
         own: tuple[str, ...] = (),
+        frozen: str | None = None,
     ) -> None:
-        """Trains `model`; of the user's settings those in `own` do not reach this stage.
+        """Trains `model`, but for its part `frozen`; of the user's settings those in `own` do not reach this stage.
 
         The user's `max_epochs` is that of the VAE, and a limit for the other stages.
         """
@@ -77,16 +79,20 @@ class Run:
         if stage != "vae":
             epochs = min(defaults["max_epochs"], epochs)
         folder = None if self.checkpoint is None else self.checkpoint / stage
+        settings = Settings(**{**defaults, **given, "max_epochs": epochs})
+        how = dict(self.how)
+        if frozen is not None:
+            how["optimizer"] = all_but(frozen, optax.adam(settings.learning_rate))
         history = train(
             model,
             source,
-            Settings(**{**defaults, **given, "max_epochs": epochs}),
+            settings,
             sampler=sampler,
             schedules=self.schedules_of(model),
             checkpoint=folder,
             resume=self.resume and folder is not None and storage.exists(folder),
             label=stage,
-            **self.how,
+            **how,
         )
         self.rows += [{"stage": stage, **row} for row in history.rows]
         model.mark_fitted()
@@ -110,6 +116,15 @@ class Run:
         self.done.append(name)
         if self.checkpoint is not None:
             save_progress(self)
+
+
+def all_but(frozen: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` for all parameters except those of the part `frozen`, which stay as they are."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: str(path[0].key) == frozen, params)
+
+    return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, labels)
 
 
 def constant(value: Any) -> Schedule:
@@ -206,7 +221,7 @@ def _fit_jointly(run: Run, reference: Source, name: str) -> None:
     own = ("max_epochs", "learning_rate", "validation", "patience")
     limit = int(run.settings.get("max_epochs", 10**9))
     defaults["max_epochs"] = min(int(defaults["max_epochs"]), limit)
-    run.train(name, pipeline, reference, defaults, sampler=sampler, own=own)
+    run.train(name, pipeline, reference, defaults, sampler=sampler, own=own, frozen="ambient_removal")
     features = _embedded(run, reference)
     if pipeline.clustering is not None:
         centroids = pipeline.clustering.centroids

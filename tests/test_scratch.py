@@ -63,7 +63,7 @@ def test_a_folder_put_aside_comes_back(killed):
 
 def test_a_checkpoint_is_forgotten_with_what_is_stale_in_it(tmp_path, monkeypatch):
     folder = tmp_path / "out.h5ad.checkpoint"
-    storage.save_folder(folder / "vae", {}, {"a": np.zeros(3)})
+    storage.save_folder(folder / "vae", {"kind": "checkpoint"}, {"a": np.zeros(3)})
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # above any process number
     scratch.scratch_beside(folder / "joint1").mkdir()
     monkeypatch.undo()

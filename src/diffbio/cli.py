@@ -24,6 +24,8 @@ app = typer.Typer(
     "checkpoint or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
 )  # fmt: skip
 
+SAVED = "*/model.json"  # in the folder of a checkpoint
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show how training goes.")]
@@ -68,7 +70,8 @@ def run_command(arguments: list[str]) -> int:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and one-line message for an error."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    parts = [str(error), *getattr(error, "__notes__", [])]
+    text = " ".join(". ".join([*(p.rstrip(".") for p in parts[:-1]), parts[-1]]).split()) or type(error).__name__
     if isinstance(error, DiffBioError):
         return error.exit_code, text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
@@ -293,7 +296,7 @@ def _run(
     if figures is not None:
         _make(figures)
     folder = checkpoint or output.with_name(f"{output.name}.checkpoint")
-    if resume and not any(folder.glob("*/model.json")):
+    if resume and not any(folder.glob(SAVED)):
         msg = f"no checkpoint to go on from; {folder}; leave out --resume, or name its folder with --checkpoint"
         raise ModelFileError(msg)
     from .data.tables import should_stream
@@ -315,25 +318,35 @@ def _run(
             progress=not quiet,
             **settings,
         )
-    except TrainingInterrupted as error:
-        again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
-        msg = f"{error} To go on: {again}"
-        raise TrainingInterrupted(msg, error.exit_code) from error
-    results = analysis.results(normalized=normalized)
-    write_results(cells, output, results, overwrite=force)
+        write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+    except (TrainingInterrupted, OutputError) as error:
+        if any(folder.glob(SAVED)):
+            again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
+            error.add_note(f"To go on: {again}")
+        else:
+            forget(folder)
+        raise
     if checkpoint is None:
         forget(folder)
     written = [output]
     if figures is not None:
-        from .data.read import read
-        from .report.figures import save_figures
-        from .report.page import write_report
-
-        adata = read(output, backed=output.suffix == ".h5ad")
-        written += [*save_figures(adata, figures), write_report(adata, figures / "report.html")]
+        try:
+            written += _draw(output, figures)
+        except OutputError as error:
+            error.add_note(f"The results are in {output}; for the page: diffbio report {shlex.quote(str(output))}")
+            raise
     for line in analysis.summary():
         say(line)
     say("wrote " + ", ".join(str(path) for path in written))
+
+
+def _draw(results: Path, folder: Path) -> list[Path]:
+    from .data.read import read
+    from .report.figures import save_figures
+    from .report.page import write_report
+
+    adata = read(results, backed=results.suffix == ".h5ad")
+    return [*save_figures(adata, folder), write_report(adata, folder / "report.html")]
 
 
 def _size(path: Path) -> int:

@@ -42,6 +42,8 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
         held, new = kind_of(path) or "a model", header.get("kind") or "a model"
         msg = f"save: {path} holds {held}, which {new} would replace; choose another path."
         raise OutputError(msg)
+    # safetensors copies each array, then all of them; where memory ends there it panics, numpy raises MemoryError
+    np.empty(2 * sum(value.nbytes for value in arrays.values()), np.uint8)
     weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
     text = json.dumps({"format_version": FORMAT_VERSION, "sha256": digest, **header}, indent=1)

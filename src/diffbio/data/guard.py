@@ -89,16 +89,22 @@ def free_memory() -> int:
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    limit = address_space()
+    if limit is not None:
+        with contextlib.suppress(OSError):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            limits.append(limit - used)
+    return max(0, min(limits))
+
+
+def address_space() -> int | None:
+    """Return the bytes that this process may address at most (`ulimit -v`); None is no limit."""
     try:
         import resource
-
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if soft != resource.RLIM_INFINITY:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            limits.append(soft - used)
-    except (ImportError, OSError):
-        pass
-    return max(0, min(limits))
+    except ImportError:
+        return None
+    soft = int(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def require_memory(n_bytes: int, what: str, where: str) -> None:

@@ -96,4 +96,4 @@ def _frame(table: Any) -> Any:
 
 def _claimed(store: Any) -> int:
     members = [store[name] for name in store]
-    return sum(int(m.size * m.dtype.itemsize) if hasattr(m, "dtype") else _claimed(m) for m in members)
+    return sum(int((m.size or 0) * m.dtype.itemsize) if hasattr(m, "dtype") else _claimed(m) for m in members)

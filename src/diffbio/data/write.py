@@ -14,6 +14,7 @@ from scipy import sparse
 
 from ..errors import DataError, DiffBioError, OutputError
 from ..scratch import ASIDE, remove, remove_stale, scratch_beside
+from .disk import opened_for_writing
 from .guard import sniff, trust
 from .matrix import frame_length
 from .plain import plain, to_numpy
@@ -21,7 +22,7 @@ from .read import quiet, read
 from .stream import RowStream, write_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from anndata import AnnData
 
@@ -122,11 +123,12 @@ def write_results(
     scratch = scratch_beside(path)
     try:
         _base(data, scratch, path.suffix)
-        with _open_for_adding(scratch, path.suffix) as store:
+        with _open_for_adding(scratch, path.suffix) as (store, check):
             lengths = {"obs": frame_length(store["obs"]), "var": frame_length(store["var"])}
             for place, value in elements.items():
                 _check_length(place, value, lengths)
-                _add(store, place, value)
+                _add(store, place, value, check)
+                check()
         if path.suffix == ".h5ad":
             _sync(scratch)
             scratch.replace(path)
@@ -241,7 +243,7 @@ def _base(data: str | Path | AnnData, scratch: Path, suffix: str) -> None:
         from anndata.io import write_elem
 
         shutil.copyfile(cast("Any", data.filename), scratch)
-        with _open_for_adding(scratch, suffix) as file:
+        with _open_for_adding(scratch, suffix) as (file, _):
             for slot in ("obs", "var", "obsm", "varm", "uns"):  # these live in memory, and may have changed
                 held = getattr(data, slot)
                 write_elem(file, slot, held if slot in ("obs", "var") else plain(dict(held)))
@@ -296,25 +298,28 @@ def _holds_foreign(value: Any) -> bool:
 def _write_adata(adata: AnnData, scratch: Path, suffix: str) -> None:
     with quiet():
         if suffix == ".h5ad":
-            adata.write_h5ad(scratch, compression="gzip", convert_strings_to_categoricals=False)
+            from anndata.io import write_elem
+
+            with opened_for_writing(scratch, "w") as (file, _):
+                write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip"})
+                if adata.raw is None:
+                    file.pop("raw", None)  # a null there is news to older readers
         else:
             adata.write_zarr(scratch, convert_strings_to_categoricals=False)
 
 
 @contextlib.contextmanager
-def _open_for_adding(scratch: Path, suffix: str) -> Iterator[Any]:
+def _open_for_adding(scratch: Path, suffix: str) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Yield the open store, and a function that raises if the disk is full already."""
     if suffix == ".h5ad":
-        import h5py
-
-        with h5py.File(scratch, "r+") as file:
-            yield file
-            file.flush()
+        with opened_for_writing(scratch, "r+") as (file, disk):
+            yield file, disk.check
         return
     import zarr
 
     group = zarr.open_group(str(scratch), mode="r+", use_consolidated=False)
     consolidated = zarr.open_group(str(scratch), mode="r").metadata.consolidated_metadata is not None
-    yield group
+    yield group, lambda: None  # zarr says so itself
     if consolidated:  # else readers would not see what was added
         with quiet():  # "not part of the specification": anndata writes it too
             zarr.consolidate_metadata(str(scratch))
@@ -338,7 +343,7 @@ def _check_length(place: str, value: Any, lengths: Mapping[str, int]) -> None:
         raise DataError(msg)
 
 
-def _add(store: Any, place: str, value: Any) -> None:
+def _add(store: Any, place: str, value: Any, check: Callable[[], None]) -> None:
     """Write one element into an open .h5ad or .zarr, replacing one of that name."""
     from anndata.io import write_elem
 
@@ -351,7 +356,8 @@ def _add(store: Any, place: str, value: Any) -> None:
     name = names[-1]
     if isinstance(value, RowStream):
         shape = (frame_length(store["obs"]), frame_length(store["var"]))
-        write_stream(group, name, value, shape, place)
+        chunks = (chunk for chunk in value.chunks if not check())  # type: ignore[func-returns-value]
+        write_stream(group, name, value._replace(chunks=chunks), shape, place)
         return
     filters: dict[str, Any] = {}
     numeric = isinstance(value, np.ndarray) and value.ndim > 0 and value.dtype.kind in "biuf"

@@ -209,6 +209,9 @@ def _init_params(header: Mapping[str, Any]) -> dict[str, Any]:
         msg = f"from_scvi_tools: the model has the arguments {', '.join(odd)}, which diffbio does not know."
         raise ModelFileError(msg)
     kept = THEIR_DEFAULTS | {name: value for name, value in given.items() if name in known}
+    if header["model"] == "SCANVI":
+        kept.setdefault("linear_classifier", False)  # scvi-tools' default
+        kept["classifier_parameters"] = {"by_batch": False, **(kept.get("classifier_parameters") or {})}
     if kept.get("classifier_parameters"):
         kept["classifier_parameters"] = {k: v for k, v in kept["classifier_parameters"].items() if k != "logits"}
     return kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import typing
 import warnings
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from ..operators.normalization.umap import UMAPConfig
 from ..recording import recording
 from ..train import Settings
 from .inference import apply_in_chunks, joined
+from .memory import check_memory
 from .single_cell import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
@@ -137,7 +139,7 @@ def analyse(
         if isinstance(data, str | Path) and not (on_disk and sniff(Path(data)) in ("h5ad", "zarr")):
             data = read(data)
         prepared = prepare(data, run)
-        pipeline = _pipeline_for(prepared, pipeline_settings, run)
+        pipeline = _pipeline_for(prepared, pipeline_settings, run, training.get("batch_size", Settings.batch_size))
         history = fit(
             pipeline,
             prepared.source,
@@ -251,7 +253,9 @@ def _profile(var: pd.DataFrame, column: str | None) -> np.ndarray | None:
     return var[name].to_numpy() if name in var else None
 
 
-def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSettings) -> SingleCellPipeline:
+def _pipeline_for(
+    prepared: Prepared, settings: Mapping[str, Any], run: RunSettings, batch_size: int = Settings.batch_size
+) -> SingleCellPipeline:
     switches = {"ambient removal": "enable_ambient_removal", "batch correction": "enable_batch_correction"}
     given = dict(settings)
     n_cells = prepared.source.n_cells
@@ -269,9 +273,10 @@ def _pipeline_for(prepared: Prepared, settings: Mapping[str, Any], run: RunSetti
         if given.get(attribute, True) is False:
             prepared.skipped[stage] = "switched off"
         given[attribute] = stage not in prepared.skipped
-    pipeline = create_single_cell_pipeline(
-        n_genes=len(prepared.genes), n_batches=max(1, len(prepared.batches)), seed=run.seed, **given
-    )
+    given |= {"n_genes": len(prepared.genes), "n_batches": max(1, len(prepared.batches)), "seed": run.seed}
+    make = functools.partial(create_single_cell_pipeline, **given)
+    check_memory(make, given["n_genes"], min(batch_size, n_cells))
+    pipeline = make()
     if given["enable_clustering"] and pipeline.config.n_clusters > n_cells:
         msg = f"n_clusters must be at most the number of cells, {n_cells}, got {pipeline.config.n_clusters}."
         raise ConfigError(msg)

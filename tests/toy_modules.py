@@ -40,7 +40,7 @@ def build(cls, *, jitter=0.3, **settings):
     """A small module for the toy cells with weights and running averages away from where they start."""
     known = {
         "n_batch": BATCHES, "n_labels": LABELS, "n_hidden": 4, "n_latent": 2,
-        "n_cats_per_cov": (2, 3), "n_continuous_cov": 1,
+        "n_cats_per_cov": (2, 3), "n_continuous_cov": 1, "use_observed_lib_size": True,
     } | settings  # fmt: skip
     model = cls(GENES, **known, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model, nnx.filterlib.Everything())

@@ -166,7 +166,7 @@ def test_prior_of_z_is_what_the_generative_model_draws(annotated):
     z = jnp.asarray(annotated.get_latent_representation(indices=np.arange(6)))
     keys = jax.random.split(jax.random.key(0), 400)
     draws = jax.jit(jax.vmap(lambda key: posterior.log_prior(module, z, key)))(keys)
-    found = logsumexp(draws, axis=0) - np.log(400)
+    found = logsumexp(draws, axis=(0, 2)) - np.log(400)
     u = jax.random.normal(jax.random.key(1), (60_000, 4))
     parts = []
     for code in range(3):

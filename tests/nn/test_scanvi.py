@@ -127,6 +127,31 @@ def test_unlabelled_bound_sums_over_the_types():
         np.testing.assert_allclose(total(model, data, y=nobody), expected, rtol=1e-5)
 
 
+def test_an_unlabelled_cell_has_the_likelihood_of_every_type_in_turn():
+    """With a dispersion by type p(x | z, c) is a term of the sum over the types, not one of the mean dispersion."""
+    model, data = build(SCANVI, dispersion="gene-label", y_prior=PRIOR), toy_cells()
+    by_type = np.stack([total(model, data, y=jnp.full(CELLS, c)) for c in range(LABELS)], -1)
+    q = np.asarray(model.classify(data["counts"]), float)
+    expected = (q * (by_type + np.log(q))).sum(-1)
+    np.testing.assert_allclose(total(model, data, y=None), expected, rtol=1e-5)
+    theta = model.vae.decoder.log_theta
+    first = total(model, data, y=jnp.zeros(CELLS, int))
+    theta.set_value(theta[...].at[1].add(2.0))
+    np.testing.assert_array_equal(total(model, data, y=jnp.zeros(CELLS, int)), first)
+    assert (np.abs(total(model, data, y=None) - expected) > 1e-4).all()
+
+
+def test_without_labels_there_is_one_type():
+    """The published default, n_labels=0: a prior of z that is learned, of one type."""
+    model, data = SCANVI(GENES, rngs=nnx.Rngs(0)), toy_cells()
+    prior = {key: data[key] for key in ("local_l_mean", "local_l_var")}
+    parts = model.forward(data["counts"], **prior)
+    known = model.forward(data["counts"], **prior, y=jnp.zeros(CELLS, int))
+    for part, same in zip(parts, known, strict=True):
+        np.testing.assert_allclose(part, same, rtol=1e-6)
+    np.testing.assert_array_equal(model.classify(data["counts"]), np.ones((CELLS, 1)))
+
+
 @pytest.mark.parametrize("label", [None, 1])
 def test_bound_equals_monte_carlo_over_position_type_and_state(label):
     model, n = build(SCANVI, y_prior=PRIOR), 40_000
@@ -160,7 +185,8 @@ def test_parts_of_forward():
     again = InNumpy(model)
     y = jnp.full(CELLS, 1)
     _, kl, zero = model.forward(data["counts"], **(arguments(data) | {"y": y}))
-    z, u = (np.asarray(v, float) for v in model.get_latents(data["counts"], y))
+    z = np.asarray(model.get_latents(data["counts"], y)[0], float)
+    u = np.asarray(model.get_latents_u(data["counts"], y), float)
     one_hot = np.eye(LABELS)[np.asarray(y)]
     mean, var = again.gaussian(model.encoder_z2_z1, z, one_hot)
     np.testing.assert_allclose(u, mean, rtol=1e-5)
@@ -259,10 +285,11 @@ def test_modes_latents_and_jit():
     model, data = build(SCANVI, use_observed_lib_size=False), toy_cells()
     np.testing.assert_array_equal(total(model, data), total(model, data))
     assert (jnp.abs(total(model, data, key=jax.random.key(0)) - total(model, data)) > 0).all()
-    z, u = model.get_latents(data["counts"])
+    (z,) = model.get_latents(data["counts"])  # the published form: a list of one
+    u = model.get_latents_u(data["counts"])
     likeliest = jnp.argmax(model.classify(data["counts"]), -1)
-    np.testing.assert_allclose(u, model.get_latents(data["counts"], likeliest)[1], rtol=1e-6)
-    assert jnp.abs(u - model.get_latents(data["counts"], (likeliest + 1) % LABELS)[1]).max() > 1e-3
+    np.testing.assert_allclose(u, model.get_latents_u(data["counts"], likeliest), rtol=1e-6)
+    assert jnp.abs(u - model.get_latents_u(data["counts"], (likeliest + 1) % LABELS)).max() > 1e-3
     assert z.shape == u.shape == (CELLS, 2)
     graph, state = nnx.split(model)
 
@@ -300,7 +327,9 @@ def test_classifier_parameters():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_labels": 0}, "n_labels must be at least 1, got 0"),
+        ({"n_labels": -1}, "n_labels must be at least 0, got -1"),
+        ({"n_labels": 0, "dispersion": "gene-label"}, "dispersion 'gene-label' needs n_labels"),
+        ({"use_layer_norm": "all"}, "use_layer_norm must be one of 'encoder', 'decoder', 'both', 'none', got 'all'"),
         ({"y_prior": (0.5, 0.5)}, "y_prior must be 3 probabilities above 0 that sum to 1"),
         ({"y_prior": (0.5, 0.4, 0.0)}, "y_prior must be 3 probabilities"),
         ({"y_prior": (1.0, 1.0, 1.0)}, "y_prior must be 3 probabilities"),

@@ -62,7 +62,7 @@ def test_outputs_have_gradients_by_the_counts():
         outputs = {
             "classes": model.classify,
             "latent": lambda x: model.get_latents(x)[0],
-            "u": lambda x: model.get_latents(x, data["labels"])[1],
+            "u": lambda x: model.get_latents_u(x, data["labels"]),
             "fractions": lambda x: model.inference(x, **known)["px_scale"],
             "rates": lambda x: model.inference(x, **known)["px_rate"],
         }

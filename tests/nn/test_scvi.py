@@ -378,3 +378,28 @@ def test_bad_data_is_named(change, message):
     data = toy_cells()
     with pytest.raises(DataError, match=f"SCVI: {message}"):
         build(SCVI).forward(data["counts"], **(arguments(data) | change))
+
+
+def test_norms_and_deep_injection():
+    """Without a batch norm cells do not depend on each other in train mode; the layer norm is that of numpy."""
+    data = toy_cells()
+    model = build(SCVI, use_batch_norm="none", use_layer_norm="both", deeply_inject_covariates=False, n_layers=2)
+    block = model.vae.encoder.network.blocks[0]
+    h = np.log1p(np.asarray(data["counts"])) @ block.linear.kernel[...] + block.linear.bias[...]
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(block(jnp.log1p(data["counts"])), np.maximum(h, 0), rtol=1e-4, atol=1e-5)
+    assert model.vae.decoder.network.blocks[1].linear.in_features == 4  # nothing is injected there
+    gradients_are_right(model, data)
+    for where, of_encoder, of_decoder in (("encoder", True, False), ("decoder", False, True)):
+        vae = build(SCVI, use_batch_norm=where, use_layer_norm=where).vae
+        blocks = (vae.encoder.network.blocks[0], of_encoder), (vae.decoder.network.blocks[0], of_decoder)
+        for block, has in blocks:
+            assert (block.norm is not None) == (block.layer_norm is not None) == has
+
+
+def test_the_published_default_is_a_latent_library():
+    model, data = SCVI(GENES, rngs=nnx.Rngs(0)), toy_cells()
+    with pytest.raises(DataError, match="pass local_l_mean and local_l_var, or build the model with use_observed_lib"):
+        model.forward(data["counts"])
+    low, high = (model.forward(data["counts"], jnp.full(CELLS, m), jnp.ones(CELLS))[0] for m in (3.0, 9.0))
+    assert (high > low).all()

@@ -56,7 +56,7 @@ def posterior(module: SCVI, batch: Batch) -> Posterior:
     else:
         _, _, q_library, log_library = drawn = module.draw(batch["counts"], known, None)  # in eval mode: the means
         q = drawn.q
-    return Posterior(_by_type(module, known, q, batch.get("batch_labels")), q, q_library, log_library)
+    return Posterior(_with_types(module, known, q, batch.get("batch_labels")), q, q_library, log_library)
 
 
 def latents(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
@@ -89,8 +89,11 @@ def elbo(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
 
 def reconstruction(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
     """-log p(x | z) at a draw of z, (cells,), in nats."""
-    p = posterior(module, batch)
-    return {"error": -module.log_prob(batch["counts"], module.decode(_draw(p, key), p.known))}
+    p, x = posterior(module, batch), batch["counts"]
+    drawn = _draw(p, key)
+    if _by_type(module):  # of an unlabelled cell the mean over the types it may be
+        return {"error": -(p.known.groups * module.log_prob_of_types(x, drawn, p.known)).sum(-1)}
+    return {"error": -module.log_prob(x, module.decode(drawn, p.known))}
 
 
 def marginal(module: SCVI, batch: Batch, key: jax.Array, *, passes: int, per_pass: int) -> dict[str, jax.Array]:
@@ -100,11 +103,16 @@ def marginal(module: SCVI, batch: Batch, key: jax.Array, *, passes: int, per_pas
     def log_weight(key: jax.Array) -> jax.Array:
         for_draw, for_prior = jax.random.split(key)
         drawn = _draw(p, for_draw)
-        log_p = module.log_prob(x, module.decode(drawn, p.known)) + log_prior(module, drawn.z, for_prior)
+        prior = log_prior(module, drawn.z, for_prior)
+        if _by_type(module):  # the type of every cell is summed over
+            log_p = jax.nn.logsumexp(prior + module.log_prob_of_types(x, drawn, p.known), axis=-1)
+        else:
+            log_p = module.log_prob(x, module.decode(drawn, p.known)) + jax.nn.logsumexp(prior, axis=-1)
         log_q = _log_normal(drawn.z, p.q.mean, p.q.logvar)
         if p.q_library is not None:
-            size, prior = drawn.log_library[:, None], (batch["local_l_mean"], batch["local_l_var"])
-            log_p += _log_normal(size, prior[0].reshape(-1, 1), jnp.log(prior[1].reshape(-1, 1)))
+            size = drawn.log_library[:, None]
+            mean, var = (batch[name].reshape(-1, 1) for name in ("local_l_mean", "local_l_var"))
+            log_p += _log_normal(size, mean, jnp.log(var))
             log_q += _log_normal(size, *p.q_library)
         return log_p - log_q
 
@@ -118,16 +126,16 @@ def marginal(module: SCVI, batch: Batch, key: jax.Array, *, passes: int, per_pas
 
 
 def log_prior(module: SCVI, z: jax.Array, key: jax.Array) -> jax.Array:
-    """Log p(z), (cells,): standard normal; of SCANVI an unbiased draw of p(z), summed over the cell types."""
+    """Log p(z, c), (cells, types); of SCANVI an unbiased draw of p(z | c), else log N(z; 0, I) in one column."""
     if not isinstance(module, SCANVI):
-        return _log_normal(z, 0.0, jnp.zeros_like(z))
+        return _log_normal(z, 0.0, jnp.zeros_like(z))[:, None]
     n, wide = module.n_labels, jnp.repeat(z, module.n_labels, axis=0)
     label = jnp.tile(jnp.eye(n, dtype=z.dtype), (z.shape[0], 1))
     q = module.encoder_z2_z1(wide, label)
     u = q.mean + jnp.exp(0.5 * q.logvar) * jax.random.normal(key, q.mean.shape, q.mean.dtype)
     log_weight = _log_normal(wide, *module.decoder_z1_z2(u, label)) - _log_normal(u, *q)
     log_weight += _log_normal(u, 0.0, jnp.zeros_like(u))
-    return jax.nn.logsumexp(log_weight.reshape(-1, n) + module.log_y_prior[...], axis=-1)
+    return log_weight.reshape(-1, n) + module.log_y_prior[...]
 
 
 def expression(
@@ -191,7 +199,12 @@ def likelihood(
         known = known._replace(log_size=jnp.full_like(p.log_library, jnp.log(size)))
 
     def once(key: jax.Array) -> CountDistribution:
-        decoded = module.decode(_draw(p, key), known)
+        of_draw = known
+        if _by_type(module):
+            key, for_type = jax.random.split(key)
+            drawn_type = jax.random.categorical(for_type, jnp.log(known.groups))
+            of_draw = known._replace(groups=jax.nn.one_hot(drawn_type, known.groups.shape[-1]))
+        decoded = module.decode(_draw(p, key), of_draw)
         shape = decoded.log_rate.shape
         return CountDistribution(*(jnp.broadcast_to(x, shape)[:, genes] for x in decoded))
 
@@ -238,12 +251,16 @@ def _covariates(module: SCVI, given: Mapping[str, Any], batch_index: jax.Array |
 def _as_batch(module: SCVI, batch: Batch, p: Posterior, code: jax.Array) -> Covariates:
     """The covariates as if every cell were of batch `code`."""
     known = _covariates(module, forward_arguments(batch), jnp.full(p.log_library.shape, code))
-    return _by_type(module, known, p.q, batch.get("batch_labels"))
+    return _with_types(module, known, p.q, batch.get("batch_labels"))
 
 
-def _by_type(module: SCVI, known: Covariates, q: Gaussian, batch_labels: jax.Array | None) -> Covariates:
-    """With a dispersion by cell type, an unlabelled cell takes that of the types it may be."""
-    if module.dispersion != "gene-label" or not isinstance(module, SCANVI):
+def _by_type(module: SCVI) -> bool:
+    return module.dispersion == "gene-label" and isinstance(module, SCANVI)
+
+
+def _with_types(module: SCVI, known: Covariates, q: Gaussian, batch_labels: jax.Array | None) -> Covariates:
+    """With a dispersion by cell type, as weights the probabilities of the types an unlabelled cell may be."""
+    if not (_by_type(module) and isinstance(module, SCANVI)):
         return known
     likely = jnp.exp(log_classes(module, q.mean, 1.0, batch_labels))
     groups = likely if known.groups is None else known.groups

@@ -28,6 +28,7 @@ from ..math.sparse import SparseRows
 from .mlp import MLP
 
 LIKELIHOODS = ("zinb", "nb", "poisson")
+WHERE_NORMS = ("encoder", "decoder", "both", "none")
 DISPERSIONS = ("gene", "gene-group", "gene-cell")
 
 # Stand-ins where a likelihood lacks a parameter, so that (log_rate, log_theta, pi_logit) always says the
@@ -67,11 +68,14 @@ class Encoder(nnx.Module):
         deep: bool = True,
         dropout_rate: float = 0.0,
         least_variance: float = LEAST_VARIANCE,
+        batch_norm: bool = True,
+        layer_norm: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.least_variance = least_variance
         self.network = MLP(
-            n_inputs, hidden_dims, n_covariates=n_covariates, deep=deep, dropout_rate=dropout_rate, rngs=rngs
+            n_inputs, hidden_dims, n_covariates=n_covariates, deep=deep, dropout_rate=dropout_rate,
+            batch_norm=batch_norm, layer_norm=layer_norm, rngs=rngs,
         )
         self.mean = nnx.Linear(self.network.n_outputs, latent_dim, kernel_init=SMALL, rngs=rngs)
         self.logvar = nnx.Linear(self.network.n_outputs, latent_dim, kernel_init=SMALL, rngs=rngs)
@@ -121,12 +125,17 @@ class Decoder(nnx.Module):
         dispersion: str = "gene",
         n_groups: int = 1,
         scale: str = "softmax",
+        batch_norm: bool = True,
+        layer_norm: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.likelihood = likelihood
         self.dispersion = dispersion
         self.scale = scale
-        self.network = MLP(latent_dim, hidden_dims, n_covariates=n_covariates, deep=deep, rngs=rngs)
+        self.network = MLP(
+            latent_dim, hidden_dims, n_covariates=n_covariates, deep=deep,
+            batch_norm=batch_norm, layer_norm=layer_norm, rngs=rngs,
+        )
 
         def head() -> nnx.Linear:
             return nnx.Linear(self.network.n_outputs, n_genes, kernel_init=SMALL, rngs=rngs)
@@ -192,6 +201,8 @@ class CountVAE(nnx.Module):
     log_counts: the encoders read log(1 + counts), not the counts.
     scale: 'softmax', or 'softplus' where the library is a size factor.
     dropout_rate: in the encoders.
+    deep: every layer is told the injected covariates, not the first alone.
+    batch_norm, layer_norm: where the hidden layers have such a norm: 'encoder' | 'decoder' | 'both' | 'none'.
     """
 
     def __init__(
@@ -210,6 +221,9 @@ class CountVAE(nnx.Module):
         log_counts: bool = True,
         scale: str = "softmax",
         dropout_rate: float = 0.1,
+        deep: bool = True,
+        batch_norm: str = "both",
+        layer_norm: str = "none",
         rngs: nnx.Rngs,
     ) -> None:
         self.encode_covariates = encode_covariates
@@ -219,7 +233,9 @@ class CountVAE(nnx.Module):
         def encoder(width: int, hidden_dims: tuple[int, ...]) -> Encoder:
             n_covariates = n_injected if encode_covariates else 0
             return Encoder(
-                n_read, width, hidden_dims=hidden_dims, n_covariates=n_covariates, dropout_rate=dropout_rate, rngs=rngs
+                n_read, width, hidden_dims=hidden_dims, n_covariates=n_covariates, deep=deep,
+                dropout_rate=dropout_rate, batch_norm=batch_norm in {"encoder", "both"},
+                layer_norm=layer_norm in {"encoder", "both"}, rngs=rngs,
             )
 
         self.encoder = encoder(latent_dim, hidden_dims)
@@ -234,6 +250,9 @@ class CountVAE(nnx.Module):
             dispersion=dispersion,
             n_groups=n_groups,
             scale=scale,
+            deep=deep,
+            batch_norm=batch_norm in {"decoder", "both"},
+            layer_norm=layer_norm in {"decoder", "both"},
             rngs=rngs,
         )
 

@@ -21,6 +21,7 @@ from .mlp import MLP
 from .scvi import SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
 
 LOG_2PI = 1.8378770664093453
+NORMS = {"batch_norm": "both", "layer_norm": "none"}  # where SCVI has them
 UNKNOWN_WEIGHT = 1e-6  # a row of label weights that sums to less than this is an unlabelled cell
 
 
@@ -32,6 +33,7 @@ class Classifier(nnx.Module):
     """Logits of the classes from a latent position.
 
     n_layers: hidden layers; 0 is a linear classifier.
+    batch_norm, layer_norm: of the hidden layers.
     n_batch: with more than 0, every batch adds an intercept and slopes of its own, 0 at first.
     """
 
@@ -44,9 +46,14 @@ class Classifier(nnx.Module):
         n_layers: int = 1,
         dropout_rate: float = 0.1,
         n_batch: int = 0,
+        batch_norm: bool = True,
+        layer_norm: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        self.network = MLP(n_input, (n_hidden,) * n_layers, dropout_rate=dropout_rate, rngs=rngs)
+        self.network = MLP(
+            n_input, (n_hidden,) * n_layers, dropout_rate=dropout_rate,
+            batch_norm=batch_norm, layer_norm=layer_norm, rngs=rngs,
+        )
         self.logits = nnx.Linear(self.network.n_outputs, n_classes, rngs=rngs)
         self.by_batch = nnx.data(nnx.Param(jnp.zeros((n_batch, n_input + 1, n_classes))) if n_batch else None)
 
@@ -73,7 +80,7 @@ class SCANVI(SCVI):
     """SCVI with a cell type above z, trained on labelled and unlabelled cells together. Born in eval mode.
 
     Arguments as of `SCVI`, and:
-    n_labels: number of cell types.
+    n_labels: number of cell types; 0 and 1 mean one: z then has a learned prior that all cells share.
     y_prior: their prior probabilities, (n_labels,) or (1, n_labels); None is uniform.
     labels_groups: for each label the number of its group, 0 to the largest without a gap.
     use_labels_groups: q(c | z) = q(group | z) q(c | group, z), with a classifier of the groups.
@@ -108,14 +115,16 @@ class SCANVI(SCVI):
             n_input, n_batch, n_labels, n_hidden, n_latent, n_layers, dropout_rate, dispersion, log_variational,
             reconstruction_loss, rngs=rngs, **covariates,
         )
-        if n_labels < 1:
-            msg = f"SCANVI: n_labels must be at least 1, got {n_labels}."
-            raise ConfigError(msg)
+        self.n_labels = n_labels = max(n_labels, 1)
         groups = _checked_groups(labels_groups, n_labels, use_labels_groups)
         self.labels_groups, self.use_labels_groups = groups, use_labels_groups
         self.log_y_prior = Constant(_log_prior(y_prior, n_labels))
         # divides the logits when classes are predicted; set on held-out labelled cells to calibrate
         self.temperature = Constant(jnp.ones(()))
+        norms = {key: covariates.get(f"use_{key}", default) for key, default in NORMS.items()}
+        of_encoder, of_decoder = (
+            {key: where in {part, "both"} for key, where in norms.items()} for part in ("encoder", "decoder")
+        )
         settings: dict[str, Any] = {
             "n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate, "by_batch": False
         }
@@ -124,17 +133,18 @@ class SCANVI(SCVI):
             raise ConfigError(msg)
         settings |= dict(classifier_parameters or {})
         settings["n_batch"] = self.n_batch if settings.pop("by_batch") else 0
-        self.classifier = Classifier(n_latent, n_labels, rngs=rngs, **settings)
+        self.classifier = Classifier(n_latent, n_labels, rngs=rngs, **settings, **of_encoder)
         n_groups = max(groups) + 1 if groups else 0
         self.classifier_groups = nnx.data(
-            Classifier(n_latent, n_groups, rngs=rngs, **settings) if use_labels_groups else None
+            Classifier(n_latent, n_groups, rngs=rngs, **settings, **of_encoder) if use_labels_groups else None
         )
         hidden = (n_hidden,) * n_layers
         self.encoder_z2_z1 = Encoder(
-            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, dropout_rate=dropout_rate, rngs=rngs
+            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, dropout_rate=dropout_rate, rngs=rngs,
+            **of_encoder,
         )
         self.decoder_z1_z2 = Encoder(
-            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, least_variance=0.0, rngs=rngs
+            n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, least_variance=0.0, rngs=rngs, **of_decoder
         )
 
     # -- the published interface -------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ class SCANVI(SCVI):
         z = self.vae.encode(x, known.injected, known.continuous).mean
         return jnp.exp(self.log_class_probabilities(z, self.temperature[...], batch_index))
 
-    def get_latents(
+    def get_latents_u(
         self,
         x: Counts,
         y: Array | None = None,
@@ -164,16 +174,17 @@ class SCANVI(SCVI):
         batch_index: Array | None = None,
         cat_covs: Int[Array, "cells categorical"] | None = None,
         cont_covs: Float[Array, "cells continuous"] | None = None,
-    ) -> list[jax.Array]:
-        """[z, u] of every cell: draws in train mode, means in eval mode; u given y, else the likeliest type.
+    ) -> Float[Array, "cells latent"]:
+        """The state u of every cell within its type: a draw of q(u | z, c) in train mode, the mean in eval mode.
 
-        Covariates are read by models with encode_covariates alone.
+        y: the types c; None takes the likeliest of every cell.
+        Covariates are read by models with encode_covariates alone, batch_index by a classifier with by_batch, too.
         """
-        z = super().get_latents(x, batch_index=batch_index, cat_covs=cat_covs, cont_covs=cont_covs)[0]
+        z = self.get_latents(x, batch_index=batch_index, cat_covs=cat_covs, cont_covs=cont_covs)[0]
         if y is None:
-            y = jnp.argmax(self.log_class_probabilities(z), -1)
+            y = jnp.argmax(self.log_class_probabilities(z, 1.0, batch_index), -1)
         label = one_hot(y, self.n_labels, who="SCANVI", name="y")
-        return [z, draw_from(self.vae, self.encoder_z2_z1(z, label), None)]
+        return draw_from(self.vae, self.encoder_z2_z1(z, label), None)
 
     def forward(
         self,
@@ -255,7 +266,8 @@ class SCANVI(SCVI):
         """The negative evidence bound of every cell, the draw it was taken at, and 1 for labelled cells.
 
         For a labelled cell every term is that of its type, and -log y_prior of it is paid; otherwise terms are
-        averaged with q(c | z), and KL(q(c | z) || y_prior) is paid.
+        averaged with q(c | z), and KL(q(c | z) || y_prior) is paid. With a dispersion by type, log p(x | z, c) is
+        one of these terms: the counts have the likelihood of every type in turn.
         arguments: (batch_index, y, cat_covs, cont_covs, size_factor), as of `forward`.
         """
         for_z, for_u = two_keys(key)
@@ -267,11 +279,13 @@ class SCANVI(SCVI):
         log_q = self.log_class_probabilities(drawn.z, 1.0, batch_index)
         q = jnp.where(is_labelled[:, None] > 0, label, jnp.exp(log_q))
         if self.dispersion == "gene-label":
-            known = known._replace(groups=q)
+            log_px = (q * self.log_prob_of_types(x, drawn, known)).sum(-1)
+        else:
+            log_px = self.log_prob(x, self.decode(drawn, known))
         log_pz, kl_u = self.class_terms(drawn.z, for_u)
         entropy = (1.0 - is_labelled) * (jnp.exp(log_q) * log_q).sum(-1)
         bound = Bound(
-            reconstruction=-self.log_prob(x, self.decode(drawn, known)),
+            reconstruction=-log_px,
             position=_log_normal(drawn.z, drawn.q) - (q * log_pz).sum(-1),
             kl=(q * (kl_u - self.log_y_prior[...])).sum(-1) + entropy,
         )

@@ -1,6 +1,6 @@
 """SCVI (Lopez et al. 2018) as a module: arrays in, arrays out.
 
-z ~ N(0, I), log l ~ N(l_mean[batch], l_var[batch]) or observed, and
+z ~ N(0, I), log l ~ N(l_mean[batch], l_var[batch]), or l is observed, and
 x_g ~ ZINB(l * softmax(f(z, batch, covariates))_g, theta_g, pi_g(z, batch, covariates)).
 """
 
@@ -18,6 +18,7 @@ from ..math.distributions import gaussian_kl
 from ..math.sparse import SparseRows
 from .count_vae import (
     LIKELIHOODS,
+    WHERE_NORMS,
     CountDistribution,
     CountVAE,
     Gaussian,
@@ -64,11 +65,14 @@ class SCVI(nnx.Module):
     dispersion: 'gene' | 'gene-batch' | 'gene-label' | 'gene-cell': what the inverse dispersion depends on.
     log_variational: the encoders read log(1 + x).
     reconstruction_loss: 'zinb' | 'nb' | 'poisson'.
-    use_observed_lib_size: the library size is the sum of the counts, not a latent variable.
+    use_observed_lib_size: the library size is the sum of the counts, not a latent variable with the prior that
+        `forward` is given (the published model; the default of `diffbio.models` is the other).
     use_size_factor: cells come with a size factor; the decoder's softmax becomes a softplus.
     n_cats_per_cov: categories of every further categorical covariate.
     n_continuous_cov: number of continuous covariates.
     encode_covariates: the encoders read batch and covariates, too.
+    deeply_inject_covariates: every layer is told batch and other categories, not the first alone.
+    use_batch_norm, use_layer_norm: where the hidden layers have such a norm: 'encoder' | 'decoder' | 'both' | 'none'.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -87,17 +91,22 @@ class SCVI(nnx.Module):
         log_variational: bool = True,  # noqa: FBT001, FBT002 - the published signature
         reconstruction_loss: str = "zinb",
         *,
-        use_observed_lib_size: bool = True,
+        use_observed_lib_size: bool = False,
         use_size_factor: bool = False,
         n_cats_per_cov: Sequence[int] = (),
         n_continuous_cov: int = 0,
         encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
         rngs: nnx.Rngs,
     ) -> None:
         who = type(self).__name__
         for name, value, choices in (
             ("dispersion", dispersion, SCVI_DISPERSIONS),
             ("reconstruction_loss", reconstruction_loss, LIKELIHOODS),
+            ("use_batch_norm", use_batch_norm, WHERE_NORMS),
+            ("use_layer_norm", use_layer_norm, WHERE_NORMS),
         ):
             if value not in choices:
                 msg = f"{who}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
@@ -140,6 +149,9 @@ class SCVI(nnx.Module):
             log_counts=log_variational,
             scale="softplus" if use_size_factor else "softmax",
             dropout_rate=dropout_rate,
+            deep=deeply_inject_covariates,
+            batch_norm=use_batch_norm,
+            layer_norm=use_layer_norm,
             rngs=rngs,
         )
 
@@ -164,7 +176,7 @@ class SCVI(nnx.Module):
 
         x: counts, (cells, genes).
         local_l_mean, local_l_var: of the prior of the log library in each cell's batch, (cells,) or (cells, 1);
-            needed where the library is latent.
+            needed where the library is latent, not read where it is observed.
         batch_index: (cells,) or (cells, 1), whole numbers; or one row of weights per cell, (cells, n_batch).
         y: cell types, in the same forms.
         cat_covs: codes of the further categorical covariates.
@@ -297,7 +309,7 @@ class SCVI(nnx.Module):
         cat_covs: Int[Array, "cells categorical"] | None = None,
         cont_covs: Float[Array, "cells continuous"] | None = None,
     ) -> list[jax.Array]:
-        """[z] of every cell: a draw in train mode, the mean in eval mode.
+        """[z] of every cell, a list of one array: a draw in train mode, the mean in eval mode.
 
         Covariates are read by models with encode_covariates alone; y by none.
         """
@@ -399,6 +411,15 @@ class SCVI(nnx.Module):
         """Log p(x) of every cell, summed over genes."""
         return count_log_prob(self.vae.decoder.likelihood, x, p)
 
+    def log_prob_of_types(self, x: Counts, drawn: Drawn, known: Covariates) -> Float[Array, "cells labels"]:
+        """Log p(x | z, c) of every cell under the dispersion of every cell type; only with 'gene-label'."""
+        p = self.decode(drawn, known._replace(groups=None))
+        log_theta = self.vae.decoder.log_theta
+        if log_theta is None:  # a Poisson has none: all types are alike
+            return jnp.repeat(self.log_prob(x, p)[:, None], self.n_labels, axis=1)
+        rows = jnp.asarray(log_theta[...], p.log_rate.dtype)
+        return jax.lax.map(lambda row: self.log_prob(x, p._replace(log_theta=row)), rows).T
+
     def kl_library(self, drawn: Drawn, mean: jax.Array | None, var: jax.Array | None) -> Float[Array, "cells"]:
         """KL(q(log l | x) || N(mean, var)) of every cell; 0 where the library is observed.
 
@@ -409,7 +430,10 @@ class SCVI(nnx.Module):
         if q is None:
             return jnp.zeros_like(drawn.log_library)
         if mean is None or var is None:
-            msg = f"{type(self).__name__}: the library size is latent; pass local_l_mean and local_l_var."
+            msg = (
+                f"{type(self).__name__}: the library size is latent; pass local_l_mean and local_l_var, "
+                "or build the model with use_observed_lib_size=True."
+            )
             raise DataError(msg)
         scale = jnp.sqrt(var.reshape(-1, 1))
         # the KL divergence does not change when both distributions are shifted and scaled

@@ -58,6 +58,12 @@ class TrainingDivergedError(DiffBioError, ArithmeticError):
     exit_code = 7
 
 
+class ProcessLostError(DiffBioError, ConnectionError):
+    """Another process of a run on several processes is gone."""
+
+    exit_code = 8
+
+
 class TrainingInterrupted(DiffBioError):
     """SIGINT or SIGTERM arrived; a checkpoint was saved. `exit_code` is 130 or 143."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import optax
 
@@ -15,6 +16,7 @@ from .data.validate import check_ambient_profile, check_counts
 from .errors import ConfigError, DataWarning
 from .history import History
 from .operators.base import Operator, axes
+from .parallel import Devices
 from .train import Schedule, Settings, train
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def fit(
     resume: bool = False,
     force: bool = False,
     progress: bool = True,
+    devices: Devices = None,
     **settings: Any,
 ) -> History:
     """Trains an operator, a pipeline or a model on `data`; afterwards it is fitted and in eval mode.
@@ -52,6 +55,8 @@ def fit(
         resume: goes on from `checkpoint` if it exists, bit-identical to a run that was never stopped.
         force: goes on even if the config of the model or the settings are others by now.
         progress: a bar on a terminal, a line per epoch elsewhere.
+        devices: that share every minibatch: how many, -1 for all, or a list of JAX devices; None is one device, or in
+            a run of several processes (`diffbio.parallel.join`) all of theirs. Not for a pipeline.
         settings: see above. Of a pipeline, `learning_rate`, `validation` and `patience` are for ambient removal
             and the VAE, `max_epochs` is that of the VAE and a limit for the other stages. UMAP learns from pairs
             of neighbours, without a validation split.
@@ -61,6 +66,7 @@ def fit(
         DataError: the data does not fit the model.
         TrainingDivergedError: loss or gradient stayed NaN or infinite.
         TrainingInterrupted: a signal came; the checkpoint is saved.
+        ProcessLostError: another process of this run is gone.
     """
     if not isinstance(model, Operator):
         msg = f"fit: the first argument is the model to train, an Operator; got {type(model).__name__}."
@@ -71,6 +77,9 @@ def fit(
         raise ConfigError(msg)
     source = source_for(model, data, keys)
     if hasattr(model, "fit_stages"):
+        if devices is not None or jax.process_count() > 1:
+            msg = f"fit: {type(model).__name__} is trained on one device; fit its operators one by one on several."
+            raise ConfigError(msg)
         history: History = model.fit_stages(
             source, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
             force=force, progress=progress, settings=settings,
@@ -89,6 +98,7 @@ def fit(
     history = train(
         model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume, force=force,
         schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
+        devices=devices,
     )
     model.mark_fitted()
     return history

@@ -7,7 +7,8 @@ import json
 import numbers
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -22,6 +23,8 @@ from . import storage
 from .errors import ConfigError, DataWarning, ModelFileError, TrainingDivergedError
 from .history import History, Progress
 from .interrupts import Interrupts
+from .parallel import Devices, OneDevice, in_order, layout_of
+from .parallel import batch_of as batch_of
 
 Batch = Mapping[str, Any]
 Schedule = Callable[[Any], Any]
@@ -165,18 +168,20 @@ def train(
     force: bool = False,
     progress: bool = True,
     label: str | None = None,
+    devices: Devices = None,
 ) -> History:
     """Minimises `model.objective` in minibatches; the model ends in eval mode with its best weights.
 
     `schedules` maps a keyword of `objective` to a function of the (fractional) epoch; validation uses the
     value at infinity, which must be finite, so that losses of different epochs compare. With a `sampler` there
     is no validation. With `checkpoint`, SIGINT and SIGTERM finish the step and save; `resume=True` goes on from there,
-    bit-identical to a run that was never stopped.
+    bit-identical to a run that was never stopped. `devices` is as of `parallel.layout_of`.
 
     Raises:
         TrainingDivergedError: too many steps in a row had a NaN or infinite gradient.
         TrainingInterrupted: SIGINT or SIGTERM came.
         ModelFileError: the checkpoint does not belong to this model, data or settings.
+        ProcessLostError: another process of this run is gone.
     """
     if not hasattr(model, "objective"):
         msg = f"fit: {type(model).__name__} has no objective: there is nothing to train."
@@ -191,61 +196,78 @@ def train(
     graph_eval, _, _ = split(model)
     n = min(settings.batch_size, len(cells.train)) if sampler is None else settings.batch_size
     orders = sampler or PermutedCells(source, cells.train)
-    probe = batch_of(source, cells.train[np.arange(n) % len(cells.train)])
-    program = compile_program(graph_train, graph_eval, optimizer, schedules, params, rest, probe)
+    layout = layout_of(devices, n)
+    probe = layout.batch(source, cells.train[np.arange(n) % len(cells.train)])
+    program = compile_program(graph_train, graph_eval, optimizer, schedules, params, rest, probe, layout)
     start = _zeros(program.metrics)
     carry = Carry(_copied(params), _copied(rest), optimizer.init(params), start, jnp.zeros((), int))
     best, clock = _copied((carry.params, carry.rest)), Clock()
     identity = _identity(model, source, settings, n)
     if resume and checkpoint is not None:
         carry, best, clock = restore(checkpoint, carry, best, identity, force=force)
+    layout.agree(identity, (carry, best))
+    carry, best = layout.put((carry, best))
+    ahead = getattr(source, "on_disk", False)
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and layout.writes:
             store(checkpoint, carry, best, clock, identity)
 
+    def batches_of(rows: Any) -> Any:
+        return closing(in_order(lambda r: layout.batch(source, r), rows, ahead=ahead))
+
+    def finish(best: Any) -> None:
+        _finish(model, layout.home(best))
+
     saved = time.monotonic()
-    with Interrupts() as interrupts, Progress(label or type(model).__name__, settings, progress) as shown:
+    shown = Progress(label or type(model).__name__, settings, progress and layout.writes)
+    with Interrupts() as interrupts, shown, layout.watched():
         while clock.epoch < settings.max_epochs and not _stalled(clock, settings, cells):
             batches = orders.order(np.random.default_rng([settings.seed, clock.epoch]), n)
             started, first = time.perf_counter(), clock.step
             waiting: list[jax.Array] = []
-            while clock.step < len(batches):
-                batch = batch_of(source, batches[clock.step])
-                epoch = np.float32(clock.epoch + clock.step / len(batches))
-                carry = program.step(carry, batch, epoch)
-                clock.step += 1
-                waiting.append(carry.bad_run + 0)
-                if len(waiting) > STEPS_AHEAD:
-                    waiting.pop(0).block_until_ready()
-                shown.step(clock.epoch, clock.step, len(batches), n)
-                if interrupts.signal is not None:
-                    save()
-                    _finish(model, best if clock.best_epoch >= 0 else (carry.params, carry.rest))
-                    raise interrupts.error(checkpoint)
-            row = _row(carry.sums, program.metrics)
+            with batches_of(batches[first:]) as taken:
+                for batch in taken:
+                    epoch = np.float32(clock.epoch + clock.step / len(batches))
+                    carry = program.step(carry, batch, epoch)
+                    clock.step += 1
+                    waiting.append(carry.bad_run + 0)
+                    if len(waiting) > STEPS_AHEAD:
+                        waiting.pop(0).block_until_ready()
+                    shown.step(clock.epoch, clock.step, len(batches), n)
+                    asked = layout.asked(interrupts.signal)
+                    if asked is not None:
+                        interrupts.signal = asked
+                        save()
+                        finish(best if clock.best_epoch >= 0 else (carry.params, carry.rest))
+                        raise interrupts.error(checkpoint)
+            row = layout.told(_row(carry.sums, program.metrics))
             if int(carry.bad_run) >= settings.max_bad_steps or row["good_steps"] == 0:
-                _finish(model, best)
+                finish(best)
                 raise _diverged(model, clock, settings, checkpoint)
             if cells.validation is not None:
-                row |= _validate(program, carry, source, cells.validation, n)
+                size = min(n, len(cells.validation))
+                held_out = cells.validation[: len(cells.validation) // size * size].reshape(-1, size)
+                with batches_of(held_out) as taken:
+                    row |= layout.told(_validated(program, carry, taken))
             row["cells_per_second"] = (clock.step - first) * n / (time.perf_counter() - started)
             clock.rows.append({"epoch": clock.epoch, **row})
             score = row.get("validation_loss", row["loss"])
             if not np.isfinite(score):
-                _finish(model, best)
+                finish(best)
                 raise _diverged(model, clock, settings, checkpoint)
             if cells.validation is None or score < clock.best_loss - settings.min_delta * abs(score):
                 clock.best_loss, clock.best_epoch = score, clock.epoch
                 best = _copied((carry.params, carry.rest))
-            carry = carry._replace(sums=_zeros(program.metrics))
+            carry = carry._replace(sums=layout.put(_zeros(program.metrics)))
             clock.epoch, clock.step = clock.epoch + 1, 0
             shown.epoch(clock.rows[-1])
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
-    save()
-    _finish(model, best)
+        save()
+        layout.wait()
+    finish(best)
     return History(clock.rows, best_epoch=clock.best_epoch, stopped_early=clock.epoch < settings.max_epochs)
 
 
@@ -298,7 +320,10 @@ class Split(NamedTuple):
 
 
 class PermutedCells:
-    """Each epoch is a shuffle of the training cells; the last incomplete batch is left out."""
+    """Each epoch is a shuffle of the training cells; the last incomplete batch is left out.
+
+    Cells of a file stand in their order within a batch, so that processes that share it read different parts.
+    """
 
     def __init__(self, source: Source, rows: np.ndarray) -> None:
         self.source, self.rows = source, rows
@@ -306,7 +331,8 @@ class PermutedCells:
     def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
         """Row numbers, int (steps, batch_size)."""
         rows = self.source.order(rng, self.rows)
-        return rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+        batches = rows[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+        return np.sort(batches, axis=1) if getattr(self.source, "on_disk", False) else batches
 
 
 def compile_program(
@@ -317,6 +343,7 @@ def compile_program(
     params: Any,
     rest: Any,
     probe: Batch,
+    layout: OneDevice,
 ) -> Program:
     """The training step and the validation step, each compiled once for the shapes of `probe`."""
 
@@ -350,13 +377,7 @@ def compile_program(
 
     shapes = jax.eval_shape(lambda b: loss_of(graph_train, params, rest, b, np.float32(0)), probe)
     names = tuple(shapes[1][0])
-    return Program(jax.jit(step, donate_argnums=0), jax.jit(evaluate), names)
-
-
-def batch_of(source: Source, rows: np.ndarray) -> Batch:
-    """A batch for the device: sparse where the source can give it so."""
-    taken: Batch = getattr(source, "take_sparse", source.take)(rows)
-    return taken
+    return Program(jax.jit(step, donate_argnums=0, **layout.jit), jax.jit(evaluate, **layout.jit), names)
 
 
 def dense_on_device(batch: Batch, *, keep: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -400,11 +421,10 @@ def restore(
     return carry, best, clock
 
 
-def _validate(program: Program, carry: Carry, source: Source, rows: np.ndarray, n: int) -> dict[str, float]:
-    size = min(n, len(rows))
+def _validated(program: Program, carry: Carry, batches: Iterable[Batch]) -> dict[str, float]:
     sums = _zeros(program.metrics)
-    for start in range(0, len(rows) // size * size, size):
-        sums = program.evaluate(carry.params, carry.rest, batch_of(source, rows[start : start + size]), sums)
+    for batch in batches:
+        sums = program.evaluate(carry.params, carry.rest, batch, sums)
     means = _row(sums, program.metrics)
     return {f"validation_{k}": v for k, v in means.items() if k in program.metrics}
 

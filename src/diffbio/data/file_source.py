@@ -57,6 +57,8 @@ class FileSource:
         What to close in `close()`.
     """
 
+    on_disk = True  # training reads ahead, and sorts a batch by place in the file
+
     def __init__(
         self,
         matrices: Mapping[str, DiskMatrix],
@@ -86,6 +88,7 @@ class FileSource:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[int, dict[str, Rows | NDArray[Any]]] = OrderedDict()
         self._lengths: dict[str, NDArray[np.integer]] = {}  # of some rows, spread over the file
+        self._rooms: dict[tuple[str, int], int] = {}
         self.n_block_reads = 0
 
     @property
@@ -102,6 +105,25 @@ class FileSource:
     def take_sparse(self, rows: NDArray[np.integer]) -> dict[str, Any]:
         """Return as `take` does, but sparse matrices as `SparseRows`; a batch fuller than usual comes dense."""
         return self._taken(rows, self._gather_sparse)
+
+    def take_blocks(self, rows: NDArray[np.integer], n_blocks: int, mine: range) -> dict[str, Any]:
+        """Return the blocks `mine` of `rows` cut into n_blocks equal ones; reads no others.
+
+        Sparse matrices come as blocks of `SparseRows` where the row pointers tell, to everyone who takes a part of
+        these rows, that every block has room; dense otherwise.
+        """
+        from ..math.sparse import in_blocks
+
+        blocks = np.split(np.asarray(rows), n_blocks)
+
+        def gather(key: str, matrix: DiskMatrix, own: NDArray[np.integer]) -> Any:
+            entries = matrix.most_entries(rows)
+            room = 0 if entries is None else self._room(key, matrix, len(blocks[0]))
+            if entries is None or entries.reshape(n_blocks, -1).sum(1).max() > room:
+                return self._gather(key, matrix, own)
+            return in_blocks([self._gather_packed(key, matrix, blocks[i], room) for i in mine], n_blocks)
+
+        return self._taken(np.concatenate([blocks[i] for i in mine]), gather)
 
     def _taken(self, rows: NDArray[np.integer], gather: Callable[..., Any]) -> dict[str, Any]:
         rows = np.asarray(rows)
@@ -180,11 +202,14 @@ class FileSource:
         return out
 
     def _gather_sparse(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer]) -> Any:
+        room = self._room(key, matrix, len(rows))
+        packed = self._gather_packed(key, matrix, rows, room) if room else None
+        return self._gather(key, matrix, rows) if packed is None else packed
+
+    def _gather_packed(self, key: str, matrix: DiskMatrix, rows: NDArray[np.integer], room: int) -> Any:
+        """`SparseRows` of `rows`; None where they hold more entries than there is room for."""
         from ..math.sparse import packed
 
-        room = self._room(key, matrix, len(rows))
-        if not room:
-            return self._gather(key, matrix, rows)
         spans = []
         for block, offset in zip(*(part.tolist() for part in np.divmod(rows, self.block_rows)), strict=True):
             starts, columns, values = cast("Rows", self._blocks[block][key])
@@ -192,7 +217,7 @@ class FileSource:
             spans.append((columns[low:high], values[low:high]))
         lengths = np.array([len(values) for _, values in spans])
         if lengths.sum() > room:
-            return self._gather(key, matrix, rows)
+            return None
         columns, values = (np.concatenate(parts) for parts in zip(*spans, strict=True))
         return packed(columns, values, lengths, matrix.shape[1], room)
 
@@ -207,7 +232,10 @@ class FileSource:
             chosen = np.unique(np.linspace(0, n_blocks - 1, min(n_blocks, 64)).astype(int)) * self.block_rows
             read = [matrix.read(low, min(low + self.block_rows, self.n_cells)) for low in chosen.tolist()]
             self._lengths[key] = np.concatenate([np.diff(cast("Rows", part).starts) for part in read])
-        return min(usual_and_most(self._lengths[key], n_rows)[0], n_rows * matrix.shape[1])
+        if (key, n_rows) not in self._rooms:
+            usual = usual_and_most(self._lengths[key], n_rows)[0]
+            self._rooms[key, n_rows] = min(usual, n_rows * matrix.shape[1])
+        return self._rooms[key, n_rows]
 
     def _evict(self) -> None:
         """Forget the blocks used longest ago; two groups stay, since a batch may straddle two."""

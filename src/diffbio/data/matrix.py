@@ -251,6 +251,12 @@ class DiskMatrix:
             return max(1, int(chunks[0] * self.shape[0] / max(1, self._values.shape[0])))
         return int(chunks[0])
 
+    def most_entries(self, rows: NDArray[np.integer]) -> NDArray[np.int64] | None:
+        """Entries that each of `rows` holds at most, without reading them; None where it cannot be told."""
+        if self.encoding == "dense" or self._lookup is not None:
+            return None
+        return self._indptr[rows + 1] - self._indptr[rows]
+
     def read(self, start: int, stop: int) -> Rows | NDArray[Any]:
         """Return rows [start, stop): `Rows` of a CSR matrix, an array (rows, columns) of a dense one.
 

@@ -330,6 +330,25 @@ class ArraySource:
             batch[key] = sparse_rows(value, rows, room) if room else rows_of(key, value, rows)
         return batch
 
+    def take_blocks(self, rows: NDArray[np.integer], n_blocks: int, mine: range) -> dict[str, Any]:
+        """Return the blocks `mine` of `rows` cut into n_blocks equal ones; sparse matrices as blocks of `SparseRows`.
+
+        Whether a matrix comes sparse, and with how much room, depends on all the rows: who takes other blocks of
+        the same rows gets arrays of the same kind.
+        """
+        from ..math.sparse import in_blocks, sparse_rows
+
+        blocks = np.split(rows, n_blocks)
+        own = np.concatenate([blocks[i] for i in mine])
+        batch: dict[str, Any] = dict(self.constants)
+        for key, value in self.cells.items():
+            rooms = self._rooms(key, len(blocks[0])) if isinstance(value, sparse.csr_array) else ()
+            fullest = max(int((value.indptr[b + 1] - value.indptr[b]).sum()) for b in blocks) if rooms else 0
+            room = next((room for room in rooms if fullest <= room), 0)
+            parts = [sparse_rows(value, blocks[i], room) for i in mine] if room else []
+            batch[key] = in_blocks(parts, n_blocks) if parts else rows_of(key, value, own)
+        return batch
+
     def column(self, key: str) -> NDArray[Any]:
         """Return a per-cell array whole, such as `batch_labels`."""
         return rows_of(key, self.cells[key], np.arange(self.n_cells))

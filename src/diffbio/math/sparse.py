@@ -1,7 +1,7 @@
 """Rows of a sparse matrix on their way to the device, where they become dense."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,11 @@ from scipy import sparse
 class SparseRows:
     """A batch of rows as entries of the flattened dense batch.
 
-    index: position row * columns + column of each entry; padding points behind the last position.
+    index: position row * columns + column of each entry; padding points behind the last position. Of a batch
+        that several devices share, (blocks, entries): a block holds as many rows as any other, and its positions
+        count from its own first row, so that no device needs the entries of another.
     values: the entries.
-    shape: (rows, columns) of the dense batch; static, so that one program serves every batch.
+    shape: (rows, columns) of the dense batch, of all blocks; static, so that one program serves every batch.
 
     >>> batch = SparseRows(jnp.array([1, 5, 6]), jnp.array([2.0, 3.0, 0.0]), (2, 3))
     >>> batch.dense().tolist()
@@ -30,9 +32,12 @@ class SparseRows:
 
     def dense(self) -> jax.Array:
         """The batch as a dense (rows, columns) array; inside jit a scatter on the device."""
-        rows, columns = self.shape
-        flat = jnp.zeros(rows * columns, self.values.dtype)
-        return flat.at[self.index].set(self.values, mode="drop").reshape(rows, columns)
+        size = self._block_rows * self.shape[1]
+
+        def scattered(index: Any, values: Any) -> jax.Array:
+            return jnp.zeros(size, values.dtype).at[index].set(values, mode="drop")
+
+        return self._each(scattered)(self.index, self.values).reshape(self.shape)
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "SparseRows":
         """The same positions with `function` of the values; it must keep 0 at 0."""
@@ -42,13 +47,34 @@ class SparseRows:
         """The values of a dense (rows, columns) or (columns,) array at the entries' positions; () as it is."""
         if array.ndim == 0:
             return array
-        index = self.index % self.shape[1] if array.ndim == 1 else self.index
-        return array.reshape(-1).at[index].get(mode="clip", indices_are_sorted=array.ndim == 2)
+        if array.ndim == 1:
+            return array.at[self.index % self.shape[1]].get(mode="clip")
+        flat = array.reshape(*self.index.shape[:-1], -1)
+        return self._each(lambda x, index: x.at[index].get(mode="clip", indices_are_sorted=True))(flat, self.index)
 
     def row_sums(self, values: jax.Array) -> jax.Array:
         """Sums of values at the entries over each row, (rows,); those of the padding are left out."""
-        rows, columns = self.shape
-        return jax.ops.segment_sum(values, self.index // columns, rows, indices_are_sorted=True)
+        columns, rows = self.shape[1], self._block_rows
+
+        def summed(values: Any, index: Any) -> jax.Array:
+            return jax.ops.segment_sum(values, index // columns, rows, indices_are_sorted=True)
+
+        return self._each(summed)(values, self.index).reshape(self.shape[0])
+
+    @property
+    def _block_rows(self) -> int:
+        return self.shape[0] if self.index.ndim == 1 else self.shape[0] // self.index.shape[0]
+
+    def _each(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """`function` of every block by itself."""
+        return function if self.index.ndim == 1 else jax.vmap(function)
+
+
+def in_blocks(blocks: Sequence[SparseRows], n_blocks: int) -> SparseRows:
+    """Some of the n_blocks blocks of a batch, all of one shape and capacity, as one; its shape is the batch's."""
+    index, values = np.stack([b.index for b in blocks]), np.stack([b.values for b in blocks])
+    rows, columns = blocks[0].shape
+    return SparseRows(index, values, (n_blocks * rows, columns))
 
 
 def packed(columns: np.ndarray, values: np.ndarray, lengths: np.ndarray, n_columns: int, capacity: int) -> SparseRows:

@@ -16,6 +16,7 @@ from ..data.source import Source
 from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
 from ..nn.scvi import SCVI as Module
+from ..parallel import Devices
 from ..train import Settings, Split, split, train
 from . import posterior, saved, surgery
 from .cells import LATENT_MEAN, LATENT_VAR, LIBRARY, CellSource, cells_of, counts_of_rows, library_sizes
@@ -230,6 +231,7 @@ class Model:
         checkpoint: str | Path | None,
         resume: bool,
         progress: bool,
+        devices: Devices,
     ) -> History:
         resume = resume and checkpoint is not None and Path(checkpoint).exists()
         n_train = len(held_out.train)
@@ -252,6 +254,7 @@ class Model:
         self.training_history = train(
             trainee, source, settings, optimizer=optimizer, schedules=plan.schedules,
             checkpoint=checkpoint, resume=resume, progress=progress, label=type(self).__name__,
+            devices=devices,
         )
         self.is_trained = True
         self.train_indices, self.validation_indices = held_out.train, held_out.validation

@@ -9,7 +9,7 @@ from scipy import sparse
 from ..data.names import align_genes
 from ..data.source import ArraySource, Source, as_source, counts_of
 from ..errors import DataError
-from ..train import batch_of
+from ..parallel import Part, batch_of
 from .registry import MINIFIED, Registry
 
 if TYPE_CHECKING:
@@ -35,6 +35,20 @@ class CellSource:
     def take_sparse(self, rows: np.ndarray) -> dict[str, Any]:
         """The cells `rows`, counts as `SparseRows` where the source can give them so."""
         return self._with_columns({} if self.counts is None else batch_of(self.counts, rows), rows)
+
+    def take_blocks(self, rows: np.ndarray, n_blocks: int, mine: range) -> dict[str, Any]:
+        """The blocks `mine` of `rows` cut into n_blocks equal ones, as of `ArraySource`."""
+        own = np.concatenate([np.split(rows, n_blocks)[i] for i in mine])
+        counts: dict[str, Any] = {}
+        if self.counts is not None:
+            blocks = getattr(self.counts, "take_blocks", None)
+            counts = self.counts.take(own) if blocks is None else blocks(rows, n_blocks, mine)
+        return self._with_columns(counts, own)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the counts are."""
+        return getattr(self.counts, "on_disk", False)
 
     def order(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
         """`rows` in a random order that is cheap to read."""
@@ -97,11 +111,22 @@ class LabelledBeside:
             return np.concatenate([rng.choice(cells, self.n_per_label) for cells in self.of_label])
         return rng.permutation(self.labelled)[: len(rows)]
 
+    def parts(self, rows: np.ndarray) -> list[Part]:
+        """What a batch is made of: the cells `rows`, and the labelled cells that go with them."""
+        unlabelled: dict[str, Any] = {}
+        picked = self.picked(rows)
+        if self.is_held_out[rows[0]] and not len(self.labelled_held_out):  # a code outside: no label at all
+            unlabelled = {"labels": np.full(len(picked), np.iinfo(np.int32).max, np.int32)}
+        return [Part("", self.source, rows, {}), Part("labelled_", self.source, picked, unlabelled)]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the counts are."""
+        return self.source.on_disk
+
     def _beside(self, take: Any, rows: np.ndarray) -> dict[str, Any]:
-        beside = take(self.picked(rows))
-        if self.is_held_out[rows[0]] and not len(self.labelled_held_out):
-            beside["labels"] = np.full_like(beside["labels"], np.iinfo(np.int32).max)  # outside: unlabelled
-        return {**take(rows), **{f"labelled_{key}": value for key, value in beside.items()}}
+        parts = self.parts(rows)
+        return {part.prefix + k: v for part in reversed(parts) for k, v in {**take(part.rows), **part.fixed}.items()}
 
 
 def cells_of(adata: "AnnData", registry: Registry) -> CellSource:

@@ -15,6 +15,7 @@ from ..errors import ConfigError, DataError
 from ..history import History
 from ..nn.scanvi import SCANVI as Module
 from ..operators.base import to_numpy
+from ..parallel import Devices
 from ..train import Settings, Split
 from . import posterior
 from .base import flat_state, rows_of, set_state
@@ -195,6 +196,7 @@ class SCANVI(Queries):
         resume: bool = False,
         progress: bool = True,
         seed: int | None = None,
+        devices: Devices = None,
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch, and calibrates its answers.
 
@@ -218,11 +220,13 @@ class SCANVI(Queries):
             resume: goes on from it.
             progress: shown or not.
             seed: None is the model's.
+            devices: as for SCVI.
 
         Raises:
             ConfigError: an argument is out of range.
             DataError: the data are minified.
             TrainingDivergedError: loss or gradient stayed NaN or infinite.
+            ProcessLostError: another process of this run is gone.
         """
         if n_samples_per_label is not None and n_samples_per_label < 1:
             msg = f"train: n_samples_per_label must be at least 1 or None, got {n_samples_per_label!r}."
@@ -249,6 +253,7 @@ class SCANVI(Queries):
         history = self._train(
             source=source, held_out=held_out, settings=settings, plan_kwargs=plan_kwargs,
             checkpoint=checkpoint, resume=resume, progress=progress,
+            devices=devices,
         )
         if known.any() and self.trainable is None:  # a query keeps the reference's classifier
             self._fit_classifier(known)

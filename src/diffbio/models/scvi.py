@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..history import History
 from ..nn.scvi import SCVI as Module
+from ..parallel import Devices
 from ..train import Split
 from .base import setup
 from .defaults import SCVI_TRAINING
@@ -113,6 +114,7 @@ class SCVI(Queries):
         resume: bool = False,
         progress: bool = True,
         seed: int | None = None,
+        devices: Devices = None,
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch.
 
@@ -134,11 +136,14 @@ class SCVI(Queries):
             resume: goes on from `checkpoint` if it is there, bit-identical to a run that was never stopped.
             progress: a bar on a terminal, a line per epoch elsewhere.
             seed: of split, minibatches and weights' start; None is the model's.
+            devices: that share every minibatch: how many, -1 for all, or a list of JAX devices; None is one device,
+                or in a run of several processes (`diffbio.parallel.join`) all of theirs.
 
         Raises:
             ConfigError: an argument is out of range.
             DataError: the data are minified.
             TrainingDivergedError: loss or gradient stayed NaN or infinite.
+            ProcessLostError: another process of this run is gone.
         """
         source = self._trainable_cells()
         settings = self._settings(
@@ -149,6 +154,7 @@ class SCVI(Queries):
         return self._train(
             source=source, held_out=Split.of(source.n_cells, settings, held_out=True), settings=settings,
             plan_kwargs=plan_kwargs, checkpoint=checkpoint, resume=resume, progress=progress,
+            devices=devices,
         )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
@@ -11,8 +11,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from ..chunks import joined
 from ..errors import ConfigError, DataError, DataWarning
+from . import posterior
+from .base import rows_of
 from .cells import CellSource, counts_of_rows
+from .importance import Weighting
 from .registry import plain
 
 if TYPE_CHECKING:
@@ -21,7 +25,6 @@ if TYPE_CHECKING:
     from .queries import Queries
 
 EPS = 1e-8  # in the log odds, as in scvi-tools: they end at +-18.4
-NOT_EXPRESSED = 0.01  # mean count of a group below which it does not express a gene
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,12 @@ class Comparison:
     all_stats: bool
     batch_size: int | None
     seed: int
+    weights: str | None
+    weighting: dict[str, Any]
+    change_fn: Any
+    m1_domain_fn: Any
+    threshold_counts: float
+    filter_outlier_cells: bool
 
     def __post_init__(self) -> None:
         rules = {
@@ -54,6 +63,9 @@ class Comparison:
             "m_permutation": (self.m_permutation >= 1, "at least 1"),
             "pseudocounts": (self.pseudocounts is None or self.pseudocounts > 0, "above 0 or None"),
             "cred_interval_lvls": (all(0 < level < 1 for level in self.cred_interval_lvls), "in (0, 1)"),
+            "change_fn": (self.change_fn in (None, "log-fold") or callable(self.change_fn), "'log-fold' or a function"),
+            "m1_domain_fn": (self.m1_domain_fn is None or callable(self.m1_domain_fn), "a function or None"),
+            "threshold_counts": (self.threshold_counts >= 0, "at least 0"),
             "batchid1": (self.batchid1 is None or self.batch_correction, "None without batch_correction"),
             "batchid2": (self.batchid2 is None or self.batch_correction, "None without batch_correction"),
         }
@@ -61,6 +73,10 @@ class Comparison:
             if not ok:
                 msg = f"differential_expression: {name} must be {wanted}, got {getattr(self, name)!r}."
                 raise ConfigError(msg)
+        if self.mode == "vanilla" and (self.change_fn is not None or self.m1_domain_fn is not None):
+            msg = "differential_expression: change_fn and m1_domain_fn are read by mode='change', got mode='vanilla'."
+            raise ConfigError(msg)
+        Weighting.of(self.weights, self.weighting, "differential_expression")
 
 
 class Pair(NamedTuple):
@@ -138,11 +154,18 @@ def _compare(
     model: "Queries", cells: CellSource, pair: Pair, how: Comparison, number: int
 ) -> dict[str, Any]:
     # the generators of the two groups have to differ: the same noise in both would cancel
-    draws = [
-        _fractions(model, cells, rows, batches, how, np.random.SeedSequence([how.seed, number, group]))
-        for group, (rows, batches) in enumerate(((pair.rows1, how.batchid1), (pair.rows2, how.batchid2)))
-    ]
+    chosen = [_batches(model, batches, how) for batches in (how.batchid1, how.batchid2)]
+    draws = []
+    for group, rows in enumerate((pair.rows1, pair.rows2)):
+        rows = _without_outliers(model, cells, rows, how) if how.filter_outlier_cells else rows
+        seeds = np.random.SeedSequence([how.seed, number, group])
+        draws.append(_fractions(model, cells, rows, chosen[group], how, seeds))
     scales = {f"scale{i + 1}": np.concatenate(parts).mean(0) for i, parts in enumerate(draws)}
+    if chosen[0] != chosen[1]:
+        if set(chosen[0]) & set(chosen[1]):
+            message = "differential_expression: batchid1 and batchid2 overlap in part: batches are not corrected for"
+            warnings.warn(message, DataWarning, stacklevel=5)
+        draws = [[np.concatenate(parts)] for parts in draws]
     f1, f2 = _paired(draws, how, np.random.default_rng([how.seed, number, 2]))
     raw = [_raw(cells, rows) for rows in (pair.rows1, pair.rows2)] if _reads_counts(how) else []
     if how.mode == "vanilla":
@@ -152,7 +175,7 @@ def _compare(
             "bayes_factor": np.log(larger + EPS) - np.log(1.0 - larger + EPS), **scales,
         }
     else:
-        result = _change(f1, f2, scales, [group.mean < NOT_EXPRESSED for group in raw], how)
+        result = _change(f1, f2, scales, [group.mean < how.threshold_counts for group in raw], how)
     if how.all_stats:
         for name, field in (("raw_mean", 0), ("non_zeros_proportion", 1), ("raw_normalized_mean", 2)):
             result |= {f"{name}{i + 1}": group[field] for i, group in enumerate(raw)}
@@ -163,12 +186,16 @@ def _change(
     f1: np.ndarray, f2: np.ndarray, scales: dict[str, Any], not_expressed: list[np.ndarray], how: Comparison
 ) -> dict[str, Any]:
     offset = pseudocount((f1, f2), not_expressed) if how.pseudocounts is None else how.pseudocounts
+    own, change = callable(how.change_fn), how.change_fn if callable(how.change_fn) else _fold_changes
     delta = how.delta
     if delta is None:
-        delta = least_change(np.asarray(_fold_changes(f1, f2, offset)).mean(0), seed=how.seed)
-    up, down = (np.asarray(x, np.float64) for x in _shares_changed(f1, f2, offset, delta))
+        delta = least_change(_changes(change, f1, f2, offset).mean(0), seed=how.seed)
+    if own or how.m1_domain_fn is not None:
+        up, down = _shares_by(how, delta, _changes(change, f1, f2, offset))
+    else:
+        up, down = (np.asarray(x, np.float64) for x in _shares_changed(f1, f2, offset, delta))
     likely = np.minimum(up + down, 1.0) if how.test_mode == "two" else np.maximum(up, down)
-    lfc = np.asarray(_fold_changes(f1, f2, 1e-3 * offset))  # reported with less offset than it is tested with
+    lfc = _changes(change, f1, f2, 1e-3 * offset)  # reported with less offset than it is tested with
     result = {
         "proba_de": likely, "proba_not_de": 1.0 - likely,
         "bayes_factor": np.log(likely + EPS) - np.log(1.0 - likely + EPS),
@@ -181,6 +208,36 @@ def _change(
         name = f"lfc_confidence_interval_{str(level)[:5]}"
         result |= {f"{name}_min": low, f"{name}_max": high}
     return result
+
+
+def _changes(change: Any, f1: np.ndarray, f2: np.ndarray, offset: float) -> np.ndarray:
+    """What `change` gives, (draws, genes).
+
+    Raises:
+        ConfigError: it gives another shape.
+    """
+    found = np.asarray(change(f1, f2, offset))
+    if found.shape != f1.shape:
+        msg = (
+            f"differential_expression: change_fn(f1, f2, pseudocounts) must give {f1.shape}, as f1 and f2 are; "
+            f"it gave {found.shape}."
+        )
+        raise ConfigError(msg)
+    return found
+
+
+def _shares_by(how: Comparison, delta: float, changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of draws that are changed up, and down, by m1_domain_fn or by delta.
+
+    Raises:
+        ConfigError: m1_domain_fn does not give two masks.
+    """
+    masks = (changes >= delta, changes < -delta) if how.m1_domain_fn is None else how.m1_domain_fn(changes)
+    if not (isinstance(masks, tuple | list) and [np.shape(mask) for mask in masks] == [changes.shape] * 2):
+        msg = "differential_expression: m1_domain_fn(changes) must give two masks of the shape of changes, up and down."
+        raise ConfigError(msg)
+    up, down = (np.asarray(mask, np.float64).mean(0) for mask in masks)
+    return up, down
 
 
 @jax.jit
@@ -199,21 +256,46 @@ def _shares_changed(f1: jax.Array, f2: jax.Array, offset: jax.Array, delta: jax.
     return (lfc >= delta).mean(0), (lfc < -delta).mean(0)
 
 
+def _batches(model: "Queries", batches: Any, how: Comparison) -> list[str | None]:
+    """The batches that a group is decoded as, in the model's order; None is each cell's own."""
+    if not how.batch_correction or not model.registry.batches:
+        return [None]
+    codes = range(len(model.registry.batches)) if batches is None else np.unique(model.registry.batch_codes(batches))
+    return [model.registry.batches[code] for code in codes]
+
+
+def _without_outliers(model: "Queries", cells: CellSource, rows: np.ndarray, how: Comparison) -> np.ndarray:
+    """The nine tenths of the cells that an elliptic envelope of their latent means holds."""
+    from sklearn.covariance import EllipticEnvelope
+
+    z = joined(model.evaluate(posterior.latents, cells, rows, how.batch_size))["mean"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a covariance that is not of full rank: fewer cells than dimensions
+            inside = EllipticEnvelope(random_state=how.seed).fit_predict(z) == 1
+    except ValueError as error:
+        message = f"differential_expression: no envelope of {len(rows)} cells ({error}); all of them are drawn from"
+        warnings.warn(message, DataWarning, stacklevel=6)
+        return rows
+    return rows[inside] if inside.any() else rows
+
+
 def _fractions(
-    model: "Queries", cells: CellSource, rows: np.ndarray, batches: Any, how: Comparison, seeds: np.random.SeedSequence
+    model: "Queries",
+    cells: CellSource,
+    rows: np.ndarray,
+    chosen: Sequence[Any],
+    how: Comparison,
+    seeds: np.random.SeedSequence,
 ) -> list[np.ndarray]:
     """Gene fractions of draws, (draws, genes), for every batch they are decoded as."""
-    chosen: list[Any] = [None]
-    if how.batch_correction:
-        n_batches = max(len(model.registry.batches), 1)
-        chosen = list(range(n_batches) if batches is None else model.registry.batch_codes(batches))
     n = max(2, how.n_samples_overall // len(chosen))
     return [
         model.get_normalized_expression(
-            cells, rows, transform_batch=None if code is None else int(code), n_samples_overall=n,
-            batch_size=how.batch_size, seed=int(seed),
+            cells, rows, transform_batch=batch, n_samples_overall=n, batch_size=how.batch_size, seed=int(seed),
+            weights=how.weights, **how.weighting,
         )
-        for code, seed in zip(chosen, seeds.generate_state(len(chosen)), strict=True)
+        for batch, seed in zip(chosen, seeds.generate_state(len(chosen)), strict=True)
     ]
 
 
@@ -221,8 +303,6 @@ def _paired(
     draws: list[list[np.ndarray]], how: Comparison, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws of the two groups side by side; where both are decoded as the same batches, batch by batch."""
-    if [how.batchid1, how.batchid2] != [None, None] and how.batchid1 != how.batchid2:
-        draws = [[np.concatenate(parts)] for parts in draws]
     pairs = list(zip(*draws, strict=True))
     if how.use_permutation:
         m = max(1, how.m_permutation // len(pairs))
@@ -263,7 +343,8 @@ def _pairs(adata: "AnnData", groupby: str | None, group1: Any, group2: Any, idx1
     if group1 is None and len(names) < 2:
         msg = f"differential_expression: obs[{groupby!r}] holds one group, {names}: there is nothing to compare."
         raise DataError(msg)
-    wanted = names if group1 is None else group1 if isinstance(group1, list | tuple | np.ndarray) else [group1]
+    several = isinstance(group1, Iterable) and not isinstance(group1, str)
+    wanted = names if group1 is None else list(group1) if several else [group1]
     for group in [*map(plain, wanted), *([] if group2 is None else [plain(group2)])]:
         if group not in names:
             msg = f"differential_expression: obs[{groupby!r}] has no group {group!r}; it has {names}."
@@ -289,12 +370,18 @@ def _selected(adata: "AnnData", which: Any, name: str) -> np.ndarray:
     """A mask from a query of obs, a mask, or row numbers."""
     mask = np.zeros(adata.n_obs, bool)
     if isinstance(which, str):
-        rows = cast("pd.DataFrame", adata.obs).reset_index(drop=True).query(which).index.to_numpy()
+        try:
+            rows = cast("pd.DataFrame", adata.obs).reset_index(drop=True).query(which).index.to_numpy()
+        except Exception as error:  # pandas raises whatever the parser and the names in the query make of it
+            msg = f"differential_expression: {name}={which!r} is no query of obs: {error}."
+            raise DataError(msg) from error
     else:
         rows = np.asarray(which).ravel()
         if rows.dtype == bool and len(rows) != adata.n_obs:
             msg = f"differential_expression: {name} has {len(rows)} entries for {adata.n_obs} cells."
             raise DataError(msg)
+        if rows.dtype != bool and len(rows):
+            rows = rows_of(rows, adata.n_obs)
     mask[rows] = True
     return mask
 

@@ -90,9 +90,9 @@ def elbo(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
 def reconstruction(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
     """-log p(x | z) at a draw of z, (cells,), in nats."""
     p, x = posterior(module, batch), batch["counts"]
-    drawn = _draw(p, key)
-    if _by_type(module):  # of an unlabelled cell the mean over the types it may be
-        return {"error": -(p.known.groups * module.log_prob_of_types(x, drawn, p.known)).sum(-1)}
+    drawn, types = _draw(p, key), _types(module, p.known)
+    if types is not None:  # of an unlabelled cell the mean over the types it may be
+        return {"error": -(types * module.log_prob_of_types(x, drawn, p.known)).sum(-1)}
     return {"error": -module.log_prob(x, module.decode(drawn, p.known))}
 
 
@@ -104,7 +104,7 @@ def marginal(module: SCVI, batch: Batch, key: jax.Array, *, passes: int, per_pas
         for_draw, for_prior = jax.random.split(key)
         drawn = _draw(p, for_draw)
         prior = log_prior(module, drawn.z, for_prior)
-        if _by_type(module):  # the type of every cell is summed over
+        if _types(module, p.known) is not None:  # the type of every cell is summed over
             log_p = jax.nn.logsumexp(prior + module.log_prob_of_types(x, drawn, p.known), axis=-1)
         else:
             log_p = module.log_prob(x, module.decode(drawn, p.known)) + jax.nn.logsumexp(prior, axis=-1)
@@ -179,6 +179,41 @@ def expression(
     return {"expression": total / n_samples}
 
 
+def pool(
+    module: SCVI,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    genes: jax.Array,
+    code: jax.Array | None,
+    library_size: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """A draw z of every cell: z, an unbiased draw of log p(z), what it is decoded to, and expression of `genes`.
+
+    code: of the batch that all cells are decoded as. library_size: as of `expression`.
+    """
+    for_z, for_prior, for_type = jax.random.split(key, 3)
+    p = posterior(module, batch)
+    known = p.known if code is None else _as_batch(module, batch, p, code)
+    known = _of_one_type(module, known, for_type)
+    drawn = _draw(p, for_z)
+    size = drawn.log_library if known.log_size is None else known.log_size
+    decoded = module.decode(drawn, known._replace(log_size=jnp.zeros_like(size)))
+    log_fraction, log_theta, pi_logit = (jnp.broadcast_to(x, decoded.log_rate.shape) for x in decoded)
+    fraction = jnp.exp(log_fraction[:, genes])
+    return {
+        "z": drawn.z, "log_prior": jax.nn.logsumexp(log_prior(module, drawn.z, for_prior), axis=-1),
+        "log_fraction": log_fraction, "log_theta": log_theta, "pi_logit": pi_logit,
+        "expression": fraction * (jnp.exp(size)[:, None] if library_size is None else library_size),
+    }
+
+
+def log_size(module: SCVI, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+    """Log of what gene fractions are multiplied by, (cells,)."""
+    p = posterior(module, batch)
+    return {"log_size": p.log_library if p.known.log_size is None else p.known.log_size}
+
+
 def likelihood(
     module: SCVI,
     batch: Batch,
@@ -199,12 +234,8 @@ def likelihood(
         known = known._replace(log_size=jnp.full_like(p.log_library, jnp.log(size)))
 
     def once(key: jax.Array) -> CountDistribution:
-        of_draw = known
-        if _by_type(module):
-            key, for_type = jax.random.split(key)
-            drawn_type = jax.random.categorical(for_type, jnp.log(known.groups))
-            of_draw = known._replace(groups=jax.nn.one_hot(drawn_type, known.groups.shape[-1]))
-        decoded = module.decode(_draw(p, key), of_draw)
+        for_type, for_z = jax.random.split(key)
+        decoded = module.decode(_draw(p, for_z), _of_one_type(module, known, for_type))
         shape = decoded.log_rate.shape
         return CountDistribution(*(jnp.broadcast_to(x, shape)[:, genes] for x in decoded))
 
@@ -254,13 +285,23 @@ def _as_batch(module: SCVI, batch: Batch, p: Posterior, code: jax.Array) -> Cova
     return _with_types(module, known, p.q, batch.get("batch_labels"))
 
 
-def _by_type(module: SCVI) -> bool:
-    return module.dispersion == "gene-label" and isinstance(module, SCANVI)
+def _types(module: SCVI, known: Covariates) -> jax.Array | None:
+    """Where the dispersion is of the cell type: the probabilities of the types of every cell."""
+    return known.groups if module.dispersion == "gene-label" and isinstance(module, SCANVI) else None
+
+
+def _of_one_type(module: SCVI, known: Covariates, key: jax.Array) -> Covariates:
+    """Where the dispersion is of the cell type, one type for every cell, drawn from those it may be."""
+    types = _types(module, known)
+    if types is None:
+        return known
+    drawn = jax.random.categorical(key, jnp.log(types))
+    return known._replace(groups=jax.nn.one_hot(drawn, types.shape[-1], dtype=types.dtype))
 
 
 def _with_types(module: SCVI, known: Covariates, q: Gaussian, batch_labels: jax.Array | None) -> Covariates:
     """With a dispersion by cell type, as weights the probabilities of the types an unlabelled cell may be."""
-    if not (_by_type(module) and isinstance(module, SCANVI)):
+    if module.dispersion != "gene-label" or not isinstance(module, SCANVI):
         return known
     likely = jnp.exp(log_classes(module, q.mean, 1.0, batch_labels))
     groups = likely if known.groups is None else known.groups

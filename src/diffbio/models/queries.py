@@ -1,6 +1,7 @@
 """What a trained model is asked about cells, in scvi-tools' words."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -9,11 +10,14 @@ import pandas as pd
 from scipy import sparse
 
 from ..chunks import CHUNK_CELLS, Chunk, joined
-from ..errors import ConfigError
+from ..errors import ConfigError, DataWarning, MissingKeyError
 from . import posterior
+from .abundance import AggregatedPosterior
 from .base import Model, rows_of
 from .cells import CellSource
 from .differential import Comparison, compare_groups
+from .importance import Weighting, resampled
+from .peer import refuse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,7 +30,8 @@ class Queries(Model):
 
     All take `adata` (None: the model's; another one needs no setup, its genes are found by name), `indices` (row
     numbers or a mask; None: all cells) and `batch_size` (cells in a chunk). What draws takes `seed`: the same
-    seed, indices and batch_size give the same draws.
+    seed, indices and batch_size give the same draws. Nothing shows progress: `silent` is accepted for the sake of
+    scripts. `dataloader` and `data_loader_kwargs` of scvi-tools are refused with what takes their place.
     """
 
     def get_latent_representation(
@@ -37,14 +42,19 @@ class Queries(Model):
         mc_samples: int = 1,
         batch_size: int | None = None,
         return_dist: bool = False,  # noqa: FBT001, FBT002
+        dataloader: None = None,
         *,
         seed: int = 0,
     ) -> Any:
         """Mean of q(z | x), (cells, latent).
 
         give_mean: False gives the mean of mc_samples draws instead (one draw by default).
-        return_dist: gives mean and variance.
+        return_dist: gives mean and variance, also where give_mean is False.
         """
+        refuse("get_latent_representation", {"dataloader": dataloader})
+        if mc_samples < 1:
+            msg = f"get_latent_representation: mc_samples must be at least 1, got {mc_samples!r}."
+            raise ConfigError(msg)
         q = joined(self.evaluate(posterior.latents, adata, indices, batch_size))
         if return_dist:
             return q["mean"], q["var"]
@@ -59,11 +69,14 @@ class Queries(Model):
         adata: "AnnData | None" = None,
         indices: Any = None,
         batch_size: int | None = None,
+        dataloader: None = None,
         return_mean: bool = True,  # noqa: FBT001, FBT002
+        data_loader_kwargs: None = None,
         *,
         seed: int = 0,
     ) -> Any:
         """Evidence lower bound of log p(x) by one draw of z, in nats (higher is better): its mean, or per cell."""
+        refuse("get_elbo", {"dataloader": dataloader, "data_loader_kwargs": data_loader_kwargs})
         parts = self.evaluate(posterior.elbo, adata, indices, batch_size, seed=seed, needs_counts="get_elbo")
         return _mean_of(joined(parts)["elbo"], return_mean)
 
@@ -72,22 +85,27 @@ class Queries(Model):
         adata: "AnnData | None" = None,
         indices: Any = None,
         batch_size: int | None = None,
+        dataloader: None = None,
         return_mean: bool = True,  # noqa: FBT001, FBT002
+        data_loader_kwargs: None = None,
         *,
         seed: int = 0,
     ) -> Any:
         """-log p(x | z) at a draw of z, in nats: its mean over cells, or per cell."""
+        refuse("get_reconstruction_error", {"dataloader": dataloader, "data_loader_kwargs": data_loader_kwargs})
         who = "get_reconstruction_error"
         parts = self.evaluate(posterior.reconstruction, adata, indices, batch_size, seed=seed, needs_counts=who)
         return _mean_of(joined(parts)["error"], return_mean)
 
     def get_marginal_ll(
         self,
-        adata: "AnnData | None" = None,
+        adata: "AnnData | CellSource | None" = None,
         indices: Any = None,
         n_mc_samples: int = 1000,
         batch_size: int | None = None,
         return_mean: bool = True,  # noqa: FBT001, FBT002
+        dataloader: None = None,
+        data_loader_kwargs: None = None,
         *,
         n_mc_samples_per_pass: int = 1,
         seed: int = 0,
@@ -97,6 +115,11 @@ class Queries(Model):
         A lower bound on average, which rises to log p(x) with n_mc_samples; those are rounded up to whole passes.
         n_mc_samples_per_pass: draws at a time; more take more memory.
         """
+        refuse("get_marginal_ll", {"dataloader": dataloader, "data_loader_kwargs": data_loader_kwargs})
+        for name, value in (("n_mc_samples", n_mc_samples), ("n_mc_samples_per_pass", n_mc_samples_per_pass)):
+            if value < 1:
+                msg = f"get_marginal_ll: {name} must be at least 1, got {value!r}."
+                raise ConfigError(msg)
         passes = -(-n_mc_samples // n_mc_samples_per_pass)
         parts = self.evaluate(
             posterior.marginal, adata, indices, batch_size, seed=seed, needs_counts="get_marginal_ll",
@@ -113,22 +136,46 @@ class Queries(Model):
         library_size: float | str = 1,
         n_samples: int = 1,
         n_samples_overall: int | None = None,
+        weights: str | None = None,
         batch_size: int | None = None,
         return_mean: bool = True,  # noqa: FBT001, FBT002
         return_numpy: bool | None = None,  # noqa: FBT001
+        silent: bool = True,  # noqa: FBT001, FBT002
+        dataloader: None = None,
+        data_loader_kwargs: None = None,
         *,
         seed: int = 0,
+        **importance_weighting_kwargs: Any,
     ) -> Any:
         """Decoded gene expression at draws of z: a table (cells, genes).
 
         transform_batch: name of a batch (or several, then averaged over) to decode all cells as.
-        gene_list: names of the genes to give.
+        gene_list: names of the genes to give; their order is that of the model.
         library_size: gene fractions are multiplied by it; 'latent' gives expected counts at each cell's library.
         n_samples: draws of z per cell.
         n_samples_overall: gives that many draws in all, of cells drawn with replacement: (draws, genes).
-        return_mean: over the draws; otherwise (draws, cells, genes).
-        return_numpy: an array in place of a table.
+        weights: with n_samples_overall: 'importance' draws them anew, by how many of the cells they explain
+            (`models.importance`, which says what importance_weighting_kwargs there are).
+        return_mean: over the draws; otherwise an array (draws, cells, genes).
+        return_numpy: an array in place of a table; that of n_samples_overall is always an array.
+
+        Raises:
+            ConfigError: arguments contradict each other.
+            DataError: a batch or gene is not the model's.
         """
+        who = "get_normalized_expression"
+        refuse(who, {"dataloader": dataloader, "data_loader_kwargs": data_loader_kwargs})
+        weighting = Weighting.of(weights, importance_weighting_kwargs, who)
+        if weights is not None and n_samples_overall is None:
+            msg = f"{who}: weights={weights!r} needs n_samples_overall=, the number of draws."
+            raise ConfigError(msg)
+        for name, value in (("n_samples", n_samples), ("n_samples_overall", n_samples_overall)):
+            if value is not None and value < 1:
+                msg = f"{who}: {name} must be at least 1, got {value!r}."
+                raise ConfigError(msg)
+        if n_samples_overall is not None and n_samples != 1:
+            msg = f"{who}: pass n_samples, draws per cell, or n_samples_overall, draws in all."
+            raise ConfigError(msg)
         if isinstance(library_size, str) and library_size != "latent":
             msg = f"get_normalized_expression: library_size must be a number or 'latent', got {library_size!r}."
             raise ConfigError(msg)
@@ -136,7 +183,6 @@ class Queries(Model):
         rows = rows_of(indices, cells.n_cells)
         if n_samples_overall is not None:
             rows = np.random.default_rng(seed).choice(rows, n_samples_overall)
-            n_samples = 1
         genes = self.registry.gene_columns(gene_list)
         stacked = n_samples > 1 and not return_mean
         arrays = {
@@ -145,12 +191,23 @@ class Queries(Model):
             "library_size": None if library_size == "latent" else jnp.asarray(float(library_size)),
         }
         chunk = batch_size or max(1, CHUNK_CELLS // (n_samples if stacked else 1))
+        if weighting is not None:
+            of_pool = {"genes": arrays["genes"], "library_size": arrays["library_size"], "code": None}
+            if arrays["batches"] is not None:
+                if len(arrays["batches"]) > 1:
+                    msg = f"{who}: weights='importance' takes one transform_batch, not the mean over several."
+                    raise ConfigError(msg)
+                of_pool["code"] = arrays["batches"][0]
+            return resampled(self, cells, rows, weighting, arrays=of_pool, batch_size=chunk, seed=seed)
         parts = self.evaluate(
             posterior.expression, adata, rows, chunk, seed=seed, arrays=arrays,
             n_samples=n_samples, mean=return_mean,
         )
         values = joined(parts)["expression"]
         if stacked:
+            if return_numpy is False:
+                message = f"{who}: draws that are not averaged are an array, not a table: return_numpy=False is not met"
+                warnings.warn(message, DataWarning, stacklevel=2)
             return np.moveaxis(values, 1, 0)
         if return_numpy or n_samples_overall is not None:
             return values
@@ -166,6 +223,7 @@ class Queries(Model):
         n_samples: int = 1,
         give_mean: bool = False,  # noqa: FBT001, FBT002
         batch_size: int | None = None,
+        dataloader: None = None,
         *,
         seed: int = 0,
     ) -> dict[str, np.ndarray]:
@@ -174,6 +232,7 @@ class Queries(Model):
         Each (cells, genes), or (draws, cells, genes) with n_samples > 1; give_mean averages over the draws.
         dropout: probability of an extra zero.
         """
+        refuse("get_likelihood_parameters", {"dataloader": dataloader})
         found = joined(self._likelihood(adata, indices, batch_size, None, n_samples=n_samples, seed=seed))
         if n_samples == 1:
             return {name: value[:, 0] for name, value in found.items()}
@@ -187,6 +246,8 @@ class Queries(Model):
         n_samples: int = 1,
         gene_list: Sequence[str] | None = None,
         batch_size: int | None = None,
+        dataloader: None = None,
+        silent: bool = True,  # noqa: FBT001, FBT002
         *,
         seed: int = 0,
     ) -> Any:
@@ -195,6 +256,7 @@ class Queries(Model):
         Returns:
             csr_matrix (cells, genes); with n_samples > 1 a sparse coo_array (cells, genes, draws).
         """
+        refuse("posterior_predictive_sample", {"dataloader": dataloader})
         genes, code = self.registry.gene_columns(gene_list), self._one_batch(transform_batch)
         rng = np.random.default_rng(seed)
         parts: list[list[sparse.coo_array]] = [[] for _ in range(n_samples)]
@@ -219,6 +281,7 @@ class Queries(Model):
         rna_size_factor: float = 1000,
         transform_batch: Any = None,
         correlation_type: str = "spearman",
+        silent: bool = True,  # noqa: FBT001, FBT002
         *,
         seed: int = 0,
     ) -> pd.DataFrame:
@@ -253,10 +316,12 @@ class Queries(Model):
         indices: Any = None,
         give_mean: bool = True,  # noqa: FBT001, FBT002
         batch_size: int | None = None,
+        dataloader: None = None,
         *,
         seed: int = 0,
     ) -> np.ndarray:
         """Library sizes, (cells, 1): their mean under q(l | x), or a draw; the sum of the counts if observed."""
+        refuse("get_latent_library_size", {"dataloader": dataloader})
         found = joined(self.evaluate(posterior.library, adata, indices, batch_size, seed=seed))
         return found["mean" if give_mean else "sample"][:, None]
 
@@ -276,13 +341,20 @@ class Queries(Model):
         batchid1: Any = None,
         batchid2: Any = None,
         fdr_target: float = 0.05,
+        silent: bool = False,  # noqa: FBT001, FBT002
+        weights: str | None = "uniform",
+        filter_outlier_cells: bool = False,  # noqa: FBT001, FBT002
+        importance_weighting_kwargs: Mapping[str, Any] | None = None,
         *,
         n_samples_overall: int = 5000,
         use_permutation: bool = False,
         m_permutation: int = 10_000,
+        change_fn: str | Callable[..., Any] | None = None,
+        m1_domain_fn: Callable[..., Any] | None = None,
         pseudocounts: float | None = None,
+        threshold_counts: float = 0.01,
         test_mode: str = "three",
-        cred_interval_lvls: Sequence[float] = (),
+        cred_interval_lvls: Sequence[float] | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Genes expressed differently between groups of cells (Lopez et al. 2018, Boyeau et al. 2019).
@@ -306,10 +378,21 @@ class Queries(Model):
             batchid1: with batch_correction, batches to decode group 1 as; None takes all.
             batchid2: the same of group 2.
             fdr_target: see above.
+            silent: there is no progress bar to silence.
+            weights: 'uniform', or 'importance': draws count by how many cells of their group they explain
+                (Boyeau et al. 2023); costs a likelihood for every pair of a draw and a cell, max_cells at most.
+            filter_outlier_cells: leaves out, when cells are drawn, the tenth of each group that is farthest out in
+                the latent space (an elliptic envelope); all_stats are of all cells.
+            importance_weighting_kwargs: max_cells, truncation, n_mc_samples, n_mc_samples_per_pass, see
+                `models.importance`.
             n_samples_overall: draws per group, shared by the batches.
             use_permutation: pairs the draws at random, m_permutation times.
             m_permutation: see above.
+            change_fn: of (f1, f2, pseudocounts), in place of the log2 fold change (None, 'log-fold').
+            m1_domain_fn: of the changes (draws, genes): where a gene is changed up, and where down, as two masks;
+                in place of the comparison with delta.
             pseudocounts: c above; None finds it from the fractions of genes that a group does not express.
+            threshold_counts: mean count of a group below which it does not express a gene.
             test_mode: 'three' takes the likelier direction, 'two' adds both.
             cred_interval_lvls: levels of highest-density intervals of the fold change to report.
             seed: of the draws.
@@ -329,10 +412,77 @@ class Queries(Model):
             mode=mode, delta=delta, batch_correction=batch_correction, batchid1=batchid1, batchid2=batchid2,
             fdr_target=fdr_target, n_samples_overall=n_samples_overall, use_permutation=use_permutation,
             m_permutation=m_permutation, pseudocounts=pseudocounts, test_mode=test_mode,
-            cred_interval_lvls=tuple(cred_interval_lvls), all_stats=all_stats, batch_size=batch_size, seed=seed,
+            cred_interval_lvls=tuple(cred_interval_lvls or ()), all_stats=all_stats, batch_size=batch_size, seed=seed,
+            weights=weights, weighting=dict(importance_weighting_kwargs or {}), change_fn=change_fn,
+            m1_domain_fn=m1_domain_fn, threshold_counts=threshold_counts, filter_outlier_cells=filter_outlier_cells,
         )
         groups = (groupby, group1, group2, idx1, idx2)
         return compare_groups(self, self._names(adata), self.cells(adata), groups, how)
+
+    def get_aggregated_posterior(
+        self,
+        adata: "AnnData | None" = None,
+        indices: Any = None,
+        batch_size: int | None = None,
+        dof: float | None = 3.0,
+    ) -> AggregatedPosterior:
+        """The mixture of q(z | x) over cells, with `log_prob` and `sample`; dof: of Student's t, None is Gaussian."""
+        if dof is not None and not dof > 0:
+            msg = f"get_aggregated_posterior: dof must be above 0 or None, got {dof!r}."
+            raise ConfigError(msg)
+        mean, var = self.get_latent_representation(adata, indices, batch_size=batch_size, return_dist=True)
+        return AggregatedPosterior(mean.astype(np.float64), np.sqrt(var.astype(np.float64)), dof)
+
+    def differential_abundance(
+        self,
+        adata: "AnnData | None" = None,
+        sample_key: str | None = None,
+        batch_size: int | None = None,
+        num_cells_posterior: int | None = None,
+        dof: float | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Log density of every cell's latent mean under the aggregated posterior of every sample.
+
+        A table (cells, samples) in `adata.obsm["da_log_probs"]`: where a sample has more of its cells, its column is
+        larger.
+
+        Args:
+            adata: None is the model's.
+            sample_key: column of obs with the samples.
+            batch_size: cells in a chunk.
+            num_cells_posterior: cells per sample that its posterior is made of, at most; None takes all.
+            dof: of Student's t in place of each Gaussian.
+            seed: of the choice of cells.
+
+        Raises:
+            ConfigError: sample_key is missing, or an argument is out of range.
+            MissingKeyError: obs has no such column.
+        """
+        names = self._names(adata)
+        if sample_key is None:
+            msg = "differential_abundance: pass sample_key=, the column of obs with the samples."
+            raise ConfigError(msg)
+        if sample_key not in names.obs:
+            listed = ", ".join(map(str, names.obs.columns))
+            msg = f"differential_abundance: obs has no column {sample_key!r}; it has {listed}."
+            raise MissingKeyError(msg)
+        if num_cells_posterior is not None and num_cells_posterior < 1:
+            msg = f"differential_abundance: num_cells_posterior must be at least 1, got {num_cells_posterior!r}."
+            raise ConfigError(msg)
+        whole = self.get_aggregated_posterior(adata, batch_size=batch_size, dof=dof)
+        rng, columns = np.random.default_rng(seed), {}
+        samples = pd.Categorical(names.obs[sample_key])
+        for code, sample in enumerate(samples.categories):
+            rows = np.flatnonzero(samples.codes == code)
+            if not len(rows):
+                continue
+            if num_cells_posterior is not None:
+                rows = rng.permutation(rows)[:num_cells_posterior]
+            part = AggregatedPosterior(whole.mean[rows], whole.sd[rows], dof)
+            columns[sample] = part.log_prob(whole.mean)
+        names.obsm["da_log_probs"] = pd.DataFrame(columns, index=names.obs_names)
 
     def _likelihood(
         self, adata: Any, indices: Any, batch_size: int | None, code: Any, *,

@@ -18,7 +18,7 @@ from scipy import sparse
 from toy_cells import toy_cells
 
 import diffbio
-from diffbio.cli import explain, run_command, settings_from
+from diffbio.cli import _Terminated, explain, run_command, settings_from
 from diffbio.data import read, write_results
 from diffbio.errors import ConfigError, DeviceMemoryError, TrainingDivergedError
 
@@ -120,6 +120,11 @@ def test_settings_file(tmp_path):
     assert settings_from(path) == {"batch_key": "donör", "hidden_dims": [32, 16]}
     path.write_text("")
     assert settings_from(path) == {}
+    path.write_text("learning_rate: 1e-3")
+    assert settings_from(path) == {"learning_rate": 0.001}
+    path.write_text("seed: " + "[" * 5000)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        settings_from(path)
     path.write_text("1: 2")
     with pytest.raises(ConfigError, match="expected lines"):
         settings_from(path)
@@ -485,6 +490,19 @@ def test_stop_and_go_on_gives_what_an_undisturbed_run_gives(tmp_path, capsys, mo
         "whole.h5ad",
         "füguren",
     }
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (_Terminated, 143)])
+def test_a_signal_outside_training_tells_how_to_go_on(capsys, tmp_path, cells, out, monkeypatch, error, code):
+    (tmp_path / "run.yaml").write_text(ONE_STAGE.replace("max_epochs: 400", "max_epochs: 1"))
+
+    def stopped(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("diffbio.data.write.write_results", stopped)
+    said = failed(capsys, ["run", cells, "-o", out, "--config", str(tmp_path / "run.yaml"), "--quiet"], code)
+    assert "nothing was written. To go on: diffbio " in said
+    assert any(tmp_path.glob("*.checkpoint/*/model.json"))
 
 
 def test_a_reader_that_goes_away_is_no_error(cells):

@@ -4,6 +4,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,8 +25,25 @@ app = typer.Typer(
     "checkpoint or model, 5 cannot write, 6 out of memory, 7 training diverged, 130/143 interrupted.",
 )  # fmt: skip
 
-SAVED = "*/model.json"  # in the folder of a checkpoint
+HEADER, PAGE = "model.json", "report.html"
+SAVED = f"*/{HEADER}"  # in the folder of a checkpoint
 
+AllowNonInteger = Annotated[
+    bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")
+]
+Cells = Annotated[Path, typer.Argument(help="Counts: .h5ad, .zarr, 10x .h5, or a 10x folder.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The .h5ad or .zarr to write.")]
+Figures = Annotated[Path | None, typer.Option(help="Folder for figures and report.html.")]
+LabelKey = Annotated[str | None, typer.Option(help="Column of obs to compare the clusters with.")]
+Layer = Annotated[str | None, typer.Option(help="Layer of the counts instead of X.")]
+Normalized = Annotated[bool, typer.Option("--normalized", help="Also write the normalised layer.")]
+Profile = Annotated[
+    str | None, typer.Option(help="Column of var with the soup's gene fractions. [default: ambient_profile]")
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--in-memory", help="Leave the counts on disk. [default: if they are large]"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not show how training goes.")]
@@ -135,19 +153,16 @@ def demo(
 
 @app.command()
 def run(
-    cells: Annotated[Path, typer.Argument(help="Counts: .h5ad, .zarr, 10x .h5, or a 10x folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .h5ad or .zarr to write.")],
+    cells: Cells,
+    output: Output,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs to correct for.")] = None,
-    label_key: Annotated[str | None, typer.Option(help="Column of obs to compare the clusters with.")] = None,
+    label_key: LabelKey = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of settings; options on the line win.")
     ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for figures and report.html.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer of the counts instead of X.")] = None,
-    ambient_profile: Annotated[
-        str | None,
-        typer.Option(help="Column of var with the soup's gene fractions. [default: ambient_profile]"),
-    ] = None,
+    figures: Figures = None,
+    layer: Layer = None,
+    ambient_profile: Profile = None,
     n_top_genes: Annotated[
         int | None, typer.Option(min=0, help="Variable genes to use; 0 uses all. [default: 2000]")
     ] = None,
@@ -157,13 +172,11 @@ def run(
         int | None, typer.Option(help="Cells in a minibatch; fewer need less memory.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random. [default: 0]")] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option("--stream/--in-memory", help="Leave the counts on disk. [default: if they are large]"),
+    stream: Stream = None,
+    normalized: Normalized = False,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Folder for the fitted pipeline, for diffbio project.")
     ] = None,
-    normalized: Annotated[
-        bool, typer.Option("--normalized", help="Also write the normalised layer.")
-    ] = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Folder to save training in. [default: OUTPUT.checkpoint, removed at the end]"),
@@ -173,9 +186,7 @@ def run(
         bool,
         typer.Option("--force", help="Replace an existing output file; go on even with other settings."),
     ] = False,
-    allow_non_integer: Annotated[
-        bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")
-    ] = False,
+    allow_non_integer: AllowNonInteger = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -191,8 +202,40 @@ def run(
         settings["n_top_genes"] = None
     _run(
         cells, output, settings, figures=figures, stream=stream, normalized=normalized, checkpoint=checkpoint,
-        resume=resume, force=force, quiet=quiet,
+        resume=resume, force=force, quiet=quiet, save_model=save_model,
     )  # fmt: skip
+
+
+@app.command()
+def project(
+    cells: Cells,
+    output: Output,
+    model: Annotated[Path, typer.Option(help="Folder that diffbio run --save-model wrote.")],
+    batch_key: Annotated[
+        str | None, typer.Option(help="Column of obs with batches that the model was trained on.")
+    ] = None,
+    label_key: LabelKey = None,
+    figures: Figures = None,
+    layer: Layer = None,
+    ambient_profile: Profile = None,
+    stream: Stream = None,
+    normalized: Normalized = False,
+    force: Force = False,
+    allow_non_integer: AllowNonInteger = False,
+    debug: Debug = False,
+) -> None:
+    """Run new cells through a pipeline that was fitted to others, and write them with the results."""
+    from .data.write import write_results
+
+    _check_places(cells, output, figures, force=force)
+    from .pipelines.projection import project as projected
+
+    analysis = projected(
+        cells, model, on_disk=_on_disk(cells, stream), batch_key=batch_key, label_key=label_key, layer=layer,
+        ambient_profile=ambient_profile, allow_non_integer=allow_non_integer,
+    )  # fmt: skip
+    write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+    _conclude(analysis, [output], figures)
 
 
 @app.command()
@@ -256,14 +299,17 @@ def settings_from(path: Path) -> dict[str, Any]:
             raise ConfigError(msg)
         return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
+    # YAML 1.1, which PyYAML reads, takes 1e-3 for text
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Strict.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
     except OSError as error:
         msg = f"cannot be read ({error.strerror}); {path}; check the name after --config"
         raise InputFileError(msg) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{path} is not valid YAML: {' '.join(str(error).split())}"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}"
         raise ConfigError(msg) from error
     if found is None:
         return {}
@@ -285,40 +331,39 @@ def _run(
     resume: bool = False,
     force: bool = False,
     quiet: bool = False,
+    save_model: Path | None = None,
 ) -> None:
     """Checks what can be checked, then analyses, writes and draws."""
-    from .data.write import check_output, write_results
+    from .data.write import write_results
 
-    if cells.exists() and output.exists() and cells.samefile(output):
-        msg = f"is the input itself; {output}; choose another name for the output"
-        raise OutputError(msg)
-    check_output(output, force, n_bytes=_size(cells))
-    if figures is not None:
-        _make(figures)
+    _check_places(cells, output, figures, force=force)
+    if checkpoint is not None:
+        _make(checkpoint)
+    if save_model is not None:
+        _check_model(save_model, force=force)
     folder = checkpoint or output.with_name(f"{output.name}.checkpoint")
     if resume and not any(folder.glob(SAVED)):
         msg = f"no checkpoint to go on from; {folder}; leave out --resume, or name its folder with --checkpoint"
         raise ModelFileError(msg)
-    from .data.tables import should_stream
     from .errors import TrainingInterrupted
     from .pipelines.run import analyse, sorted_out
     from .pipelines.stages import forget
 
     sorted_out(settings)
-    on_disk = should_stream(cells) if stream is None else stream
-    if on_disk and stream is None:
-        say(f"{cells.name} is large: its counts stay on disk (--in-memory loads them)", err=True)
     try:
-        analysis = analyse(
-            cells,
-            on_disk=on_disk,
-            checkpoint=folder,
-            resume=resume,
-            force=force,
-            progress=not quiet,
-            **settings,
-        )
-        write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+        with _told():
+            analysis = analyse(
+                cells,
+                on_disk=_on_disk(cells, stream),
+                checkpoint=folder,
+                resume=resume,
+                force=force,
+                progress=not quiet,
+                **settings,
+            )
+            write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+            if save_model is not None:
+                analysis.pipeline.save(save_model)
     except (TrainingInterrupted, OutputError) as error:
         if any(folder.glob(SAVED)):
             again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
@@ -328,10 +373,52 @@ def _run(
         raise
     if checkpoint is None:
         forget(folder)
-    written = [output]
+    _conclude(analysis, [output] if save_model is None else [output, save_model], figures)
+
+
+def _check_places(cells: Path, output: Path, figures: Path | None, *, force: bool) -> None:
+    """What can be known of the places to write to before any work is done."""
+    from .data.write import check_output
+
+    if cells.exists() and output.exists() and cells.samefile(output):
+        msg = f"is the input itself; {output}; choose another name for the output"
+        raise OutputError(msg)
+    check_output(output, force, n_bytes=_size(cells))
+    if figures is None:
+        return
+    _make(figures)
+    if (figures / PAGE).exists() and not force:
+        msg = f"exists; {figures / PAGE}; choose another folder for the figures, or pass --force"
+        raise OutputError(msg)
+
+
+def _check_model(folder: Path, *, force: bool) -> None:
+    if folder.exists() and not (force and (folder / HEADER).is_file()):
+        fix = "or pass --force" if (folder / HEADER).is_file() else "it is no model"
+        msg = f"exists; {folder}; choose another folder, {fix}"
+        raise OutputError(msg)
+    if not os.access(next(p for p in folder.absolute().parents if p.exists()), os.W_OK):
+        msg = f"cannot be written to; {folder}; choose another folder"
+        raise OutputError(msg)
+
+
+def _on_disk(cells: Path, stream: bool | None) -> bool:  # noqa: FBT001
+    """Whether the counts stay in the file: as told, else if they are large."""
+    from .data.tables import should_stream
+
+    if stream is not None:
+        return stream
+    if large := should_stream(cells):
+        say(f"{cells.name} is large: its counts stay on disk (--in-memory loads them)", err=True)
+    return large
+
+
+def _conclude(analysis: Any, written: list[Path], figures: Path | None) -> None:
+    """Draws, and says what came out."""
+    output = written[0]
     if figures is not None:
         try:
-            written += _draw(output, figures)
+            written = [*written, *_draw(output, figures)]
         except OutputError as error:
             error.add_note(f"The results are in {output}; for the page: diffbio report {shlex.quote(str(output))}")
             raise
@@ -346,7 +433,7 @@ def _draw(results: Path, folder: Path) -> list[Path]:
     from .report.page import write_report
 
     adata = read(results, backed=results.suffix == ".h5ad")
-    return [*save_figures(adata, folder), write_report(adata, folder / "report.html")]
+    return [*save_figures(adata, folder), write_report(adata, folder / PAGE)]
 
 
 def _size(path: Path) -> int:
@@ -400,8 +487,21 @@ def _fail(message: str) -> None:
 
 
 def _command(arguments: list[str]) -> str:
-    names = {"demo", "run", "report", "info", "doctor"}
+    names = {"demo", "run", "project", "report", "info", "doctor"}
     return f"{arguments[0]} " if arguments and arguments[0] in names else ""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns a signal that comes outside a training loop into the error that one inside gives."""
+    from .errors import TrainingInterrupted
+
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as error:
+        name, code = ("SIGTERM", 143) if isinstance(error, _Terminated) else ("SIGINT", 130)
+        msg = f"stopped by {name}; nothing was written."
+        raise TrainingInterrupted(msg, code) from error
 
 
 class _Terminated(BaseException):

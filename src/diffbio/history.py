@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -31,6 +33,16 @@ class History:
 
     def __getitem__(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if name in row]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The rows as columns; a number that a stage does not have is NaN."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        return {
+            name: np.asarray([
+                str(row.get(name, "")) if name == "stage" else float(row.get(name, np.nan)) for row in self.rows
+            ])
+            for name in names
+        }  # fmt: skip
 
     def to_frame(self) -> "pd.DataFrame":
         """The rows as a table indexed by epoch."""

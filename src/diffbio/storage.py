@@ -46,7 +46,9 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
     np.empty(2 * sum(value.nbytes for value in arrays.values()), np.uint8)
     weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "sha256": digest, **header}, indent=1)
+    header = {"format_version": FORMAT_VERSION, "sha256": digest, **header}
+    digest[HEADER] = _digest(header)
+    text = json.dumps(header, indent=1)
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def load_folder(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
     if not path.is_dir():
         msg = f"load: no model folder at {path}."
         raise ModelFileError(msg)
-    found = {p.name for p in path.iterdir()}
+    found = {p.name for p in path.iterdir()} - {DATA}
     if found != {HEADER, WEIGHTS}:
         missing, extra = sorted({HEADER, WEIGHTS} - found), sorted(found - {HEADER, WEIGHTS})
         msg = f"load: {path} is not a whole model folder: missing {missing}, unexpected {extra}."
@@ -128,7 +130,16 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         msg = f"load: {path} has format {version!r}, this diffbio reads up to {FORMAT_VERSION}; upgrade diffbio."
         raise ModelFileError(msg)
+    if header["sha256"].get(HEADER, own := _digest(header)) != own:  # models of others have no entry for it
+        msg = f"load: {path} is damaged or was edited (its sha256 differs); use another copy."
+        raise ModelFileError(msg)
     return header
+
+
+def _digest(header: dict[str, Any]) -> str:
+    """The sha256 of a header, its own entry aside."""
+    digests = {name: value for name, value in header["sha256"].items() if name != HEADER}
+    return hashlib.sha256(json.dumps({**header, "sha256": digests}, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

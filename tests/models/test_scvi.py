@@ -163,6 +163,10 @@ def test_load_refuses_what_is_not_the_model(trained, tmp_path):
     header = json.loads((folder / "model.json").read_text())
     header["init_params"]["n_latent"] = 7
     (folder / "model.json").write_text(json.dumps(header))
+    with pytest.raises(ModelFileError, match="damaged or was edited"):
+        SCVI.load(folder)
+    del header["sha256"]["model.json"]
+    (folder / "model.json").write_text(json.dumps(header))
     with pytest.raises(ModelFileError, match="does not fit SCVI"):
         SCVI.load(folder)
 

@@ -55,10 +55,7 @@ def batch_codes(obs: pd.DataFrame, key: str) -> tuple[NDArray[np.int32], list[st
     """
     import pandas as pd
 
-    if key not in obs:
-        msg = f"obs has no column {key!r}; it has {', '.join(map(str, obs.columns)) or 'none'}"
-        raise MissingKeyError(msg)
-    column = pd.Categorical(obs[key]).remove_unused_categories()
+    column = pd.Categorical(column_of(obs, key)).remove_unused_categories()
     n_missing = int((column.codes < 0).sum())
     if n_missing:
         first = int(np.argmax(column.codes < 0))
@@ -99,10 +96,7 @@ def label_codes(
     """
     import pandas as pd
 
-    if key not in obs:
-        msg = f"obs has no column {key!r}; it has {', '.join(map(str, obs.columns)) or 'none'}"
-        raise MissingKeyError(msg)
-    column = pd.Categorical(obs[key])
+    column = pd.Categorical(column_of(obs, key))
     column = column.remove_categories([c for c in column.categories if str(c) in unknown])
     column = column.remove_unused_categories()
     names = [str(name) for name in column.categories]
@@ -115,6 +109,19 @@ def label_codes(
     if single:
         _warn(f"obs[{key!r}]: {len(single)} classes have a single cell, such as {single[0]!r}")
     return column.codes.astype(np.int32), names
+
+
+def column_of(table: pd.DataFrame, key: str, where: str = "obs") -> pd.Series:
+    """Return the column `key`.
+
+    Raises
+    ------
+    MissingKeyError : no such column; those there are get listed.
+    """
+    if key not in table:
+        msg = f"{where} has no column {key!r}; it has {', '.join(map(str, table.columns)) or 'none'}"
+        raise MissingKeyError(msg)
+    return table[key]
 
 
 def encode_with(

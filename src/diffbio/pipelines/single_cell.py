@@ -95,6 +95,8 @@ class SingleCellPipeline(Operator):
     def __init__(self, config: SingleCellPipelineConfig, *, rngs: nnx.Rngs) -> None:
         self.config: SingleCellPipelineConfig = config
         self.fitted = False
+        self.genes: tuple[str, ...] = ()  # names that new data are matched by; known if it was fitted to an AnnData
+        self.batches: tuple[str, ...] = ()
         self.rngs = rngs.fork()  # parts are built anew when data says how many batches there are
         undeclared = UNDECLARED_BATCHES if config.enable_batch_correction else 1
         self._build(config.batch_correction_clusters, config.n_batches or undeclared)
@@ -332,10 +334,12 @@ class SingleCellPipeline(Operator):
         if self.batch_correction is not None:
             n_batches = self.batch_correction.config.n_batches
             self.batch_correction = self._harmony(int(header["harmony_clusters"]), n_batches)
+        self.genes, self.batches = (tuple(map(str, header.get(key, ()))) for key in ("genes", "batches"))
 
     def _header(self) -> dict[str, Any]:
         harmony = self.batch_correction
-        return {"harmony_clusters": None if harmony is None else harmony.config.n_clusters}
+        names = {"genes": list(self.genes), "batches": list(self.batches)}
+        return {"harmony_clusters": None if harmony is None else harmony.config.n_clusters, **names}
 
     @classmethod
     def examples(cls) -> dict[str, tuple["SingleCellPipeline", Data]]:

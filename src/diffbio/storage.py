@@ -23,6 +23,7 @@ from .scratch import remove, scratch_beside
 
 FORMAT_VERSION = 1
 HEADER, WEIGHTS = "model.json", "weights.safetensors"
+DATA = "adata.h5ad"  # cells that may lie beside a model; not covered by its digest
 MAX_HEADER_BYTES = 64 << 20
 
 

@@ -32,7 +32,7 @@ def test_training_raises_the_held_out_bound_and_keeps_the_best(trained):
     np.testing.assert_allclose(-elbo, table["elbo_validation"].iloc[best], rtol=0.02)
     assert len(trained.train_indices) + len(trained.validation_indices) == 300
     assert trained.is_trained
-    assert "trained" in repr(trained)
+    assert "Training status: Trained" in repr(trained)
 
 
 def test_every_cell_is_trained_on_when_asked():
@@ -123,9 +123,7 @@ def test_bad_model_arguments_are_refused():
 
 def test_many_cells_get_fewer_epochs():
     model = small()
-    names = ("train_size", "batch_size", "early_stopping_patience", "early_stopping_min_delta", "gradient_clip_val")
-    rest = {**dict.fromkeys(names), "early_stopping": True, "seed": None, "max_epochs": None}
-    epochs = [model._settings(**rest, n_cells=n).max_epochs for n in (1000, 20_000, 200_000)]
+    epochs = [model._default_epochs(n) for n in (1000, 20_000, 200_000)]
     assert epochs == sorted(epochs, reverse=True)
     assert epochs[0] > 10 * epochs[2]
 

@@ -138,7 +138,7 @@ def test_a_pickle_is_refused_with_the_command_that_exports_it(tmp_path, capsys):
         ({"kind": "model"}, "is a model of diffbio; read it with SCVI.load"),
         ({"init_params": {"latent_distribution": "ln"}}, "latent_distribution='ln', which diffbio does not have"),
         ({"init_params": {"batch_representation": "embedding"}}, "batch_representation='embedding'"),
-        ({"init_params": {"use_layer_norm": "both"}}, "use_layer_norm='both'"),
+        ({"init_params": {"var_activation": "softplus"}}, "var_activation='softplus'"),
         ({"init_params": {"new_knob": 1}}, "has the arguments new_knob, which diffbio does not know"),
         ({"init_params": {"n_hidden": 7}}, "of the exported model has shape"),
         ({"init_params": {"n_layers": 3}}, "lacks 'z_encoder.encoder.fc_layers.Layer 1.0.weight'"),

@@ -16,15 +16,16 @@ from ..data.source import Source
 from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
 from ..nn.scvi import SCVI as Module
-from ..parallel import Devices
-from ..train import Settings, Split, split, train
+from ..train import split, train
 from . import posterior, saved, surgery
 from .cells import LATENT_MEAN, LATENT_VAR, LIBRARY, CellSource, cells_of, counts_of_rows, library_sizes
 from .defaults import scvi_epochs
+from .peer import ELSEWHERE, devices_of, refuse
 from .registry import MINIFIED, Registry
+from .seeds import settings
 from .state import flat_state as flat_state
 from .state import set_state as set_state
-from .training import Trainee, masked, plan_of
+from .training import Arranged, Run, Trainee, masked, plan_of, run_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -32,7 +33,16 @@ if TYPE_CHECKING:
 MINIFIED_TYPE = "latent_posterior_parameters"
 START_CELLS, START_VALUES = 4096, 10_000_000  # at most, that the outputs' start is estimated from
 # scvi-tools' names of what is noted while training
-HISTORY_NAMES = {"loss": "train_loss", "reconstruction": "reconstruction_loss", "kl": "kl_local"}
+HISTORY_NAMES = {"reconstruction": "reconstruction_loss", "kl": "kl_local"}
+IN_FRONT = {"loss": "loss", "classification": "classification_loss", "accuracy": "accuracy"}
+
+
+class Tables(dict[str, pd.DataFrame]):
+    """Tables by name; one that is not there is answered with those that are."""
+
+    def __missing__(self, name: str) -> pd.DataFrame:
+        msg = f"history has no {name!r}; it has {', '.join(self) or 'nothing yet: call train()'}"
+        raise KeyError(msg)
 
 
 class Model:
@@ -41,10 +51,15 @@ class Model:
     # settings of training, all in one place; those of plan_kwargs among them
     fit_defaults: ClassVar[Mapping[str, Any]]
     module_class: ClassVar[type[Module]]
-    saved_notes: ClassVar[tuple[str, ...]] = ("train_indices", "validation_indices")
+    saved_notes: ClassVar[tuple[str, ...]] = ("train_indices", "validation_indices", "test_indices")
 
     def __init__(
-        self, adata: "AnnData | None", init: Mapping[str, Any], *, registry: Registry | None = None, seed: int = 0
+        self,
+        adata: "AnnData | None",
+        init: Mapping[str, Any],
+        *,
+        registry: Registry | None = None,
+        seed: int | None = None,
     ) -> None:
         name = type(self).__name__
         if registry is None:
@@ -52,19 +67,21 @@ class Model:
                 msg = f"{name}: pass the AnnData that {name}.setup_anndata was called with."
                 raise ConfigError(msg)
             registry = Registry.read(adata, name)
-        self.registry, self.seed = registry, seed
+        self.registry, self.seed = registry, (settings.seed or 0) if seed is None else seed
         self.init_params: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in init.items()}
         self.training_history = History([])
         self.is_trained = False
         self.train_indices: np.ndarray | None = None
         self.validation_indices: np.ndarray | None = None
+        self.test_indices: np.ndarray = np.empty(0, int)
         self.trainable: Any = None  # of a query model: which weights are new (1) or the reference's (0)
+        self.live: tuple[str, ...] = ()  # and what of the network is not in eval mode while these are trained
         self.library_prior: tuple[np.ndarray, np.ndarray] | None = None
         self.adata: AnnData | None = None
         self._cells: CellSource | None = None
         if adata is not None:
             self._attach(adata)
-        self.module = self._module(seed)
+        self.module = self._module(self.seed)
 
     # -- the data -------------------------------------------------------------------------------------------------
 
@@ -72,18 +89,19 @@ class Model:
     def history(self) -> dict[str, pd.DataFrame]:
         """A table per quantity, by epoch, under scvi-tools' names: `elbo_train`, `elbo_validation`, ..."""
         rows = self.training_history.rows
-        tables: dict[str, pd.DataFrame] = {}
+        tables: dict[str, pd.DataFrame] = Tables()
         frame = pd.DataFrame(rows).set_index("epoch") if rows else pd.DataFrame()
         for start in ("", "validation_"):
             if f"{start}kl" in frame:
                 frame[f"{start}elbo"] = frame[f"{start}reconstruction"] + frame[f"{start}kl"]
+                frame[f"{start}kl_global"] = 0.0  # nothing is drawn for all cells together
         for column in frame.columns:
             end = "validation" if column.startswith("validation_") else "train"
             plain = column.removeprefix("validation_")
             if plain in {"good_steps", "skipped_steps", "cells_per_second"}:
                 name = plain
-            elif plain == "loss":
-                name = f"{end}_loss"
+            elif plain in IN_FRONT:
+                name = f"{end}_{IN_FRONT[plain]}"
             else:
                 name = f"{HISTORY_NAMES.get(plain, plain)}_{end}"
             tables[name] = frame[[column]].set_axis([name], axis=1)
@@ -99,8 +117,19 @@ class Model:
         """'latent_posterior_parameters', or None if the model's AnnData holds counts."""
         return MINIFIED_TYPE if self.is_minified else None
 
-    def view_anndata_setup(self) -> pd.DataFrame:
-        """What `setup_anndata` noted: for each field its key in the AnnData and how many categories it has."""
+    def view_anndata_setup(
+        self,
+        adata: "AnnData | None" = None,
+        hide_state_registries: bool = False,  # noqa: FBT001, FBT002
+    ) -> pd.DataFrame:
+        """What `setup_anndata` noted: for each field its key in the AnnData and how many categories it has.
+
+        Args:
+            adata: is checked against it, if given.
+            hide_state_registries: leaves out the sizes.
+        """
+        if adata is not None:
+            self.cells(adata)
         setup, registry = self.registry.setup, self.registry
         fields: list[tuple[str, Any, int]] = [
             ("counts", setup.get("layer") or "X", len(registry.var_names)),
@@ -109,7 +138,8 @@ class Model:
             *(("categorical covariate", key, len(names)) for key, names in registry.categories.items()),
             *(("continuous covariate", key, 1) for key in setup.get("continuous_covariate_keys") or ()),
         ]
-        return pd.DataFrame(fields, columns=["field", "key", "size"])
+        table = pd.DataFrame(fields, columns=["field", "key", "size"])
+        return table.drop(columns="size") if hide_state_registries else table
 
     def cells(self, adata: "AnnData | CellSource | None" = None) -> CellSource:
         """The cells of `adata` (None: those of the model) as the module reads them.
@@ -225,26 +255,23 @@ class Model:
         self,
         *,
         source: Any,
-        held_out: Split,
-        settings: Settings,
-        plan_kwargs: Mapping[str, Any] | None,
+        run: Run,
         checkpoint: str | Path | None,
         resume: bool,
-        progress: bool,
-        devices: Devices,
     ) -> History:
+        held_out, plan_kwargs = run.held_out, run.plan_kwargs
         resume = resume and checkpoint is not None and Path(checkpoint).exists()
         n_train = len(held_out.train)
         if self.trainable is not None:  # a decay would pull the new weights away from the known ones they start at
-            plan_kwargs = {"weight_decay": 0.0, **(plan_kwargs or {})}
+            plan_kwargs = {"weight_decay": 0.0, **plan_kwargs}
         plan = plan_of(
-            self.fit_defaults, plan_kwargs, max_epochs=settings.max_epochs,
-            steps_per_epoch=max(1, n_train // settings.batch_size),
+            self.fit_defaults, plan_kwargs, max_epochs=run.settings.max_epochs,
+            steps_per_epoch=max(1, n_train // run.settings.batch_size),
         )
         if not self.is_trained and self.trainable is None and not resume:
-            self._start_from(held_out.train, settings.seed)
+            self._start_from(held_out.train, run.settings.seed)
         config = repr((type(self).__name__, self.init_params))
-        trainee = Trainee(self.module, config=config, only_new=self.trainable is not None)
+        trainee = Trainee(self.module, config=config, only_new=self.trainable is not None, live=self.live)
         optimizer = plan.optimizer
         if self.trainable is not None:
             if not any(np.any(mask) for mask in self.trainable.values()):
@@ -252,44 +279,19 @@ class Model:
                 raise ConfigError(msg)
             optimizer = masked(optimizer, self._mask(trainee))
         self.training_history = train(
-            trainee, source, settings, optimizer=optimizer, schedules=plan.schedules,
-            checkpoint=checkpoint, resume=resume, progress=progress, label=type(self).__name__,
-            devices=devices,
+            trainee, source if run.arranged is None else Arranged(source, run.arranged), run.settings,
+            optimizer=optimizer, schedules=plan.schedules, checkpoint=checkpoint, resume=resume,
+            progress=run.progress, label=type(self).__name__, devices=run.devices,
         )
         self.is_trained = True
-        self.train_indices, self.validation_indices = held_out.train, held_out.validation
+        self.train_indices, self.validation_indices, self.test_indices = held_out.train, held_out.validation, run.test
         return self.training_history
 
-    def _settings(
-        self,
-        *,
-        max_epochs: int | None,
-        train_size: float | None,
-        batch_size: int | None,
-        early_stopping: bool,
-        early_stopping_patience: int | None,
-        early_stopping_min_delta: float | None,
-        gradient_clip_val: float | None,
-        seed: int | None,
-        n_cells: int,
-    ) -> Settings:
-        defaults = self.fit_defaults
-        train_size = defaults["train_size"] if train_size is None else train_size
-        if not 0 < train_size <= 1:
-            msg = f"train: train_size must be in (0, 1], got {train_size!r}."
-            raise ConfigError(msg)
-        patience = defaults["patience"] if early_stopping_patience is None else early_stopping_patience
-        chosen: dict[str, Any] = {
-            "max_epochs": self._default_epochs(n_cells) if max_epochs is None else max_epochs,
-            "batch_size": defaults["batch_size"] if batch_size is None else batch_size,
-            "validation": round(1.0 - train_size, 6),
-            "patience": patience if early_stopping else None,
-            "clip_norm": gradient_clip_val,
-            "seed": self.seed if seed is None else seed,
-        }
-        if early_stopping_min_delta is not None:
-            chosen["min_delta"] = early_stopping_min_delta
-        return Settings(**chosen)
+    def _run(self, n_cells: int, asked: Mapping[str, Any]) -> Run:
+        """The arguments of `train`, checked."""
+        return run_of(
+            asked, self.fit_defaults, n_cells=n_cells, epochs=self._default_epochs(n_cells), seed=self.seed
+        )
 
     def _default_epochs(self, n_cells: int) -> int:
         return scvi_epochs(n_cells)
@@ -319,37 +321,90 @@ class Model:
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
-    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        dir_path: str | Path,
+        prefix: None = None,
+        overwrite: bool = False,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        save_anndata: bool = False,  # noqa: FBT001, FBT002
+        save_kwargs: None = None,
+        legacy_mudata_format: bool = False,  # noqa: FBT001, FBT002
+        datamodule: None = None,
+        **anndata_write_kwargs: Any,
+    ) -> Path:
         """Writes settings, registry, history and weights to the folder `dir_path` (JSON and safetensors).
 
         Args:
             dir_path: made if it is not there.
+            prefix: of scvi-tools; refused, like save_kwargs, legacy_mudata_format and datamodule.
             overwrite: replaces a model that is there.
+            save_anndata: writes the model's AnnData beside it, as adata.h5ad, which `load` finds.
+            save_kwargs: see above.
+            legacy_mudata_format: see above.
+            datamodule: see above.
+            anndata_write_kwargs: of `AnnData.write_h5ad`, such as compression='gzip'.
 
         Raises:
             OutputError: something stands there that is not a model, or it cannot be written.
             ConfigError: a model stands there, and overwrite is off.
         """
+        refuse("save", {
+            "prefix": prefix, "save_kwargs": save_kwargs, "legacy_mudata_format": legacy_mudata_format,
+            "datamodule": datamodule,
+        })
+        if anndata_write_kwargs and not save_anndata:
+            msg = f"save: {', '.join(anndata_write_kwargs)} concern save_anndata=True; pass it, or leave them out."
+            raise ConfigError(msg)
+        if save_anndata and self.adata is None:
+            msg = "save: the model was loaded without data, so that save_anndata=True has nothing to write."
+            raise ConfigError(msg)
         if not overwrite and Path(dir_path).exists():
             msg = f"save: {dir_path} exists; pass overwrite=True to replace it."
             raise ConfigError(msg)
-        return saved.write(self, dir_path)
+        return saved.write(self, dir_path, adata=self.adata if save_anndata else None, **anndata_write_kwargs)
 
     @classmethod
-    def load(cls, dir_path: str | Path, adata: "AnnData | None" = None) -> Self:
+    def load(
+        cls,
+        dir_path: str | Path,
+        adata: "AnnData | bool | None" = None,
+        accelerator: str = "auto",
+        device: Any = "auto",
+        prefix: None = None,
+        backup_url: None = None,
+        datamodule: None = None,
+        allowed_classes_names_list: None = None,
+    ) -> Self:
         """Reads a model that `save` wrote; no data is needed until it is asked about cells.
 
         Args:
             dir_path: the folder.
-            adata: the data to go on with; its genes and categories have to be those of the model.
+            adata: the data to go on with; its genes and categories have to be those of the model. None takes those
+                that were saved along, if any; False takes none.
+            accelerator: 'auto', or the backend that JAX runs on.
+            device: the same.
+            prefix: of scvi-tools; refused, like the following.
+            backup_url: see above.
+            datamodule: see above.
+            allowed_classes_names_list: see above.
 
         Raises:
             ModelFileError: the folder is damaged or holds another kind of model.
             DataError: `adata` does not fit the model.
         """
+        refuse("load", {
+            "prefix": prefix, "backup_url": backup_url, "datamodule": datamodule,
+            "allowed_classes_names_list": allowed_classes_names_list,
+        })
+        devices_of("load", accelerator, device)
         model = saved.read(cls, dir_path)
         assert isinstance(model, cls)
-        if adata is not None:
+        if adata is None:
+            adata = saved.data_of(dir_path)
+        if adata is True:
+            msg = "load: adata must be an AnnData, None for what was saved along, or False for none, got True."
+            raise ConfigError(msg)
+        if adata is not None and adata is not False:
             model._check_var_names(adata)
             model.registry.store(adata)
             model._attach(adata)
@@ -370,10 +425,21 @@ class Model:
     @classmethod
     def load_query_data(
         cls,
-        adata: "AnnData",
-        reference_model: "Self | str | Path",
-        *,
-        unfrozen: bool = False,
+        adata: "AnnData | None" = None,
+        reference_model: "Self | str | Path | None" = None,
+        registry: None = None,
+        inplace_subset_query_vars: bool = False,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        accelerator: str = "auto",
+        device: Any = "auto",
+        unfrozen: bool = False,  # noqa: FBT001, FBT002
+        freeze_dropout: bool = True,  # noqa: FBT001, FBT002
+        freeze_expression: bool = True,  # noqa: FBT001, FBT002
+        freeze_decoder_first_layer: bool = True,  # noqa: FBT001, FBT002
+        freeze_batchnorm_encoder: bool = True,  # noqa: FBT001, FBT002
+        freeze_batchnorm_decoder: bool = True,  # noqa: FBT001, FBT002
+        freeze_classifier: bool = True,  # noqa: FBT001, FBT002
+        transfer_batch: bool = True,  # noqa: FBT001, FBT002
+        datamodule: None = None,
     ) -> Self:
         """A model of a query, `adata`, with the reference's weights: scArches (Lotfollahi et al. 2022).
 
@@ -384,7 +450,20 @@ class Model:
         Args:
             adata: the query, with the columns that the reference was set up with.
             reference_model: a model of this class, or the folder of a saved one.
+            registry: of scvi-tools; refused.
+            inplace_subset_query_vars: gives `adata` the reference's genes first, see `prepare_query_anndata`.
+            accelerator: 'auto', or the backend that JAX runs on.
+            device: the same.
             unfrozen: `train` moves all weights.
+            freeze_dropout: no dropout while the new weights are trained. False, like the following, lets `train`
+                move more than the new weights; reference cells then do not keep their embedding.
+            freeze_expression: the first layers' weights of the genes stay.
+            freeze_decoder_first_layer: the decoder's first layer stays.
+            freeze_batchnorm_encoder: the encoder's batch norms stay.
+            freeze_batchnorm_decoder: the decoder's batch norms stay (True; scvi-tools moves them).
+            freeze_classifier: the classifier stays.
+            transfer_batch: False refuses batches that the reference does not have.
+            datamodule: of scvi-tools; refused.
 
         Raises:
             DataError: the query lacks a column, or more than a fifth of the genes.
@@ -393,7 +472,22 @@ class Model:
         Warns:
             DataWarning: genes are missing and taken as zero.
         """
-        query = surgery.query_model(cls, adata, surgery.loaded(cls, reference_model), unfrozen=unfrozen)
+        refuse("load_query_data", {"registry": registry, "datamodule": datamodule})
+        devices_of("load_query_data", accelerator, device)
+        if adata is None or reference_model is None:
+            msg = "load_query_data: pass adata=, the query, and reference_model=, a model or the folder of one."
+            raise ConfigError(msg)
+        reference = surgery.loaded(cls, reference_model)
+        if inplace_subset_query_vars:
+            surgery.padded(adata, reference, load=cls.load, only_names=False, inplace=True)
+        frozen = surgery.Frozen(
+            dropout=freeze_dropout, expression=freeze_expression, decoder_first_layer=freeze_decoder_first_layer,
+            batchnorm_encoder=freeze_batchnorm_encoder, batchnorm_decoder=freeze_batchnorm_decoder,
+            classifier=freeze_classifier,
+        )
+        query = surgery.query_model(
+            cls, adata, reference, unfrozen=unfrozen, frozen=frozen, transfer_batch=transfer_batch
+        )
         assert isinstance(query, cls)
         return query
 
@@ -422,21 +516,34 @@ class Model:
 
     # -- minified data --------------------------------------------------------------------------------------------
 
-    def minify_adata(self, minified_data_type: str = MINIFIED_TYPE) -> None:
+    def minify_adata(
+        self,
+        minified_data_type: str = MINIFIED_TYPE,
+        use_latent_qzm_key: str = LATENT_MEAN,
+        use_latent_qzv_key: str = LATENT_VAR,
+    ) -> None:
         """Replaces the model's AnnData by one with the latent posterior in place of the counts.
 
         `model.adata` is a new AnnData: an empty X, `obsm["X_latent_qzm"]` and `obsm["X_latent_qzv"]` (mean and
         variance of q(z | x)), `obs["diffbio_library"]`, and all of obs, var and uns. What needs counts raises
-        afterwards.
+        afterwards. What is in `obsm` under these names before is not read: the posterior is computed.
 
         Raises:
-            ConfigError: another minified_data_type.
+            ConfigError: another minified_data_type, or other keys.
             DataError: the data are minified already.
         """
         from anndata import AnnData
 
         if minified_data_type != MINIFIED_TYPE:
-            msg = f"minify_adata: minified_data_type must be {MINIFIED_TYPE!r}, got {minified_data_type!r}."
+            with_counts = f"{MINIFIED_TYPE}_with_counts"
+            hint = "; an AnnData that keeps its counts needs none of it" if minified_data_type == with_counts else ""
+            msg = f"minify_adata: minified_data_type must be {MINIFIED_TYPE!r}, got {minified_data_type!r}{hint}."
+            raise ConfigError(msg)
+        if (use_latent_qzm_key, use_latent_qzv_key) != (LATENT_MEAN, LATENT_VAR):
+            msg = (
+                f"minify_adata: the posterior is computed and written to obsm[{LATENT_MEAN!r}] and "
+                f"obsm[{LATENT_VAR!r}]; leave use_latent_qzm_key and use_latent_qzv_key out."
+            )
             raise ConfigError(msg)
         latent = joined(self.evaluate(posterior.latents, needs_counts="minify_adata"))
         size = joined(self.evaluate(posterior.library))["mean"]
@@ -451,10 +558,110 @@ class Model:
         small.uns[MINIFIED] = MINIFIED_TYPE
         self._attach(small)
 
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def summary_string(self) -> str:
+        """Settings, size and state, as `print(model)` shows them."""
+        settings = ", ".join(f"{key}: {value}" for key, value in self.init_params.items())
+        return (
+            f"{type(self).__name__} model with the following parameters:\n{settings}.\n"
+            f"{len(self.registry.var_names)} genes, {max(len(self.registry.batches), 1)} batches, "
+            f"{len(self.registry.labels)} labels\n"
+            f"Training status: {'Trained' if self.is_trained else 'Not Trained'}\n"
+            f"Model's adata is minified?: {self.is_minified}"
+        )
+
     def __repr__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.init_params.items())
-        state = "trained" if self.is_trained else "not trained"
-        return f"{type(self).__name__}({settings}): {len(self.registry.var_names)} genes, {state}"
+        return self.summary_string
+
+    def __getattr__(self, name: str) -> Any:
+        who = type(self).__name__
+        if name in ELSEWHERE:
+            msg = f"{who}.{name} is of scvi-tools and not of diffbio: {ELSEWHERE[name]}."
+        else:
+            msg = f"{who!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that answers are computed on."""
+        found: jax.Device = jax.local_devices()[0]
+        return found
+
+    def to_device(self, device: Any) -> None:
+        """Accepts the device that JAX computes on, and refuses others: JAX_PLATFORMS chooses it."""
+        backend = jax.default_backend()
+        names = {"auto", backend, str(self.device), *(("cuda",) if backend == "gpu" else ())}
+        if str(device).split(":")[0] not in names:
+            msg = f"to_device: JAX computes on {backend!r}, got {device!r}; choose by JAX_PLATFORMS."
+            raise ConfigError(msg)
+
+    def get_setup_arg(self, setup_arg: str) -> Any:
+        """The argument of that name that `setup_anndata` was given.
+
+        Raises:
+            ConfigError: there is no such argument.
+        """
+        if setup_arg not in self.registry.setup:
+            msg = f"get_setup_arg: no argument {setup_arg!r}; there are {', '.join(self.registry.setup)}."
+            raise ConfigError(msg)
+        return self.registry.setup[setup_arg]
+
+    def get_var_names(self) -> np.ndarray:
+        """Names of the genes, in order."""
+        return np.array(self.registry.var_names)
+
+    def get_from_registry(self, adata: "AnnData", registry_key: str) -> Any:
+        """What the model reads of `adata`: 'X', 'batch', 'labels', 'extra_categorical_covs',
+        'extra_continuous_covs' or 'size_factor'; codes are those of the model.
+
+        Raises:
+            ConfigError: the model reads no such thing.
+        """  # noqa: D205
+        cells = self.cells(adata)
+        if registry_key == "X" and cells.counts is not None:
+            return counts_of_rows(cells.counts, np.arange(cells.n_cells))
+        names = {
+            "batch": "batch_labels", "labels": "labels", "extra_categorical_covs": "cat_covs",
+            "extra_continuous_covs": "cont_covs", "size_factor": "size_factor",
+        }
+        column = cells.columns.get(names.get(registry_key, ""))
+        if column is None and registry_key == "batch":
+            column = np.zeros(cells.n_cells, np.int32)
+        if column is None:
+            there = ["X", *(key for key, name in names.items() if name in cells.columns)]
+            msg = f"get_from_registry: nothing is read as {registry_key!r}; there are {', '.join(there)}."
+            raise ConfigError(msg)
+        return column.reshape(cells.n_cells, -1)
+
+    def view_registry(self, hide_state_registries: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Prints what `setup_anndata` was given, and what it found unless that is hidden."""
+        self.view_setup_method_args()
+        if not hide_state_registries:
+            print(self.view_anndata_setup().to_string(index=False))
+
+    def view_setup_method_args(self) -> None:
+        """Prints the arguments that `setup_anndata` was given."""
+        print(f"Setup via {self.registry.model}.setup_anndata with arguments:")
+        print("\n".join(f"  {key}: {value!r}" for key, value in self.registry.setup.items()))
+
+    @staticmethod
+    def load_registry(dir_path: str | Path, prefix: None = None) -> Registry:
+        """The registry of a saved model.
+
+        Raises:
+            ModelFileError: the folder is damaged.
+        """
+        refuse("load_registry", {"prefix": prefix})
+        return saved.registry_of(dir_path)
+
+    @staticmethod
+    def view_setup_args(dir_path: str | Path, prefix: None = None) -> None:
+        """Prints the arguments that `setup_anndata` was given before the model in `dir_path` was trained."""
+        refuse("view_setup_args", {"prefix": prefix})
+        for key, value in saved.registry_of(dir_path).setup.items():
+            print(f"{key}: {value!r}")
 
 
 def rows_of(indices: Any, n_cells: int) -> np.ndarray:

@@ -1,23 +1,28 @@
 """Models in folders: JSON and safetensors, no pickle."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import storage
-from ..errors import ModelFileError
+from ..errors import ModelFileError, OutputError
 from ..history import History
 from ..operators.base import to_numpy
 from .registry import Registry
 from .state import flat_state, set_state
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from .base import Model
 
 
-def write(model: "Model", dir_path: str | Path) -> Path:
-    """What `Model.save` writes: arguments, registry and history as JSON, weights as arrays."""
+def write(model: "Model", dir_path: str | Path, *, adata: "AnnData | None" = None, **how: Any) -> Path:
+    """What `Model.save` writes: arguments, registry and history as JSON, weights as arrays, and `adata` beside them.
+
+    how: arguments of `AnnData.write_h5ad`.
+    """
     header = {
         "kind": "model",
         "model": type(model).__name__,
@@ -25,6 +30,7 @@ def write(model: "Model", dir_path: str | Path) -> Path:
         "init_params": model.init_params,
         "seed": model.seed,
         "is_trained": model.is_trained,
+        "live": list(model.live),
         "history": {"rows": model.training_history.rows, "best_epoch": model.training_history.best_epoch,
                     "stopped_early": model.training_history.stopped_early},
     }
@@ -34,7 +40,37 @@ def write(model: "Model", dir_path: str | Path) -> Path:
     arrays |= {name: np.asarray(value) for name, value in notes.items() if value is not None}
     if model.library_prior is not None:
         arrays["library_mean"], arrays["library_var"] = model.library_prior
-    return storage.save_folder(dir_path, header, arrays)
+    folder = storage.save_folder(dir_path, header, arrays)
+    if adata is not None:
+        try:
+            adata.write_h5ad(folder / storage.DATA, **how)
+        except OSError as error:
+            msg = f"save: cannot write {folder / storage.DATA}: {error}."
+            raise OutputError(msg) from error
+    return folder
+
+
+def data_of(dir_path: str | Path) -> "AnnData | None":
+    """The AnnData that was saved along with a model; None if there was none."""
+    path = Path(dir_path) / storage.DATA
+    if not path.is_file():
+        return None
+    from anndata import read_h5ad
+
+    return read_h5ad(path)
+
+
+def registry_of(dir_path: str | Path) -> Registry:
+    """The registry of a saved model.
+
+    Raises:
+        ModelFileError: the folder is damaged or holds something else.
+    """
+    header, _ = storage.load_folder(dir_path)
+    if not isinstance(header.get("registry"), dict):
+        msg = f"load: {dir_path} holds {header.get('model') or header.get('operator')!r}, which has no registry."
+        raise ModelFileError(msg)
+    return Registry.from_json(header["registry"])
 
 
 def read(cls: type["Model"], dir_path: str | Path) -> "Model":
@@ -50,6 +86,7 @@ def read(cls: type["Model"], dir_path: str | Path) -> "Model":
     try:
         registry, history = Registry.from_json(header["registry"]), History(**header["history"])
         model = cls(None, registry=registry, seed=int(header["seed"]), **header["init_params"])
+        model.live = tuple(header.get("live", ()))
         model.is_trained, model.training_history = bool(header["is_trained"]), history
         set_state(model.module, {k[7:]: v for k, v in arrays.items() if k.startswith("module/")})
     except (KeyError, TypeError, ValueError) as error:

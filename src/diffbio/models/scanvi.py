@@ -1,5 +1,6 @@
 """SCANVI on AnnData: SCVI with cell types known for some cells, and a calibrated answer for the others."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +12,22 @@ import numpy as np
 import pandas as pd
 
 from ..chunks import joined
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
 from ..nn.scanvi import SCANVI as Module
 from ..operators.base import to_numpy
-from ..parallel import Devices
-from ..train import Settings, Split
 from . import posterior
 from .base import flat_state, rows_of, set_state
 from .base import setup as note_setup
 from .calibration import best_temperature, expected_calibration_error
 from .cells import LabelledBeside
 from .defaults import SCANVI_TRAINING
+from .peer import merged, refuse
 from .queries import Queries
 from .registry import Registry
 from .scvi import SCVI, listed
 from .surgery import rows_by_name
+from .training import Run
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,7 +41,8 @@ class SCANVI(Queries):
     Args:
         adata: as `SCANVI.setup_anndata` was called with.
         n_hidden, n_latent, n_layers, dropout_rate, dispersion, gene_likelihood, use_observed_lib_size,
-            log_variational, encode_covariates, seed: as for `SCVI`.
+            log_variational, encode_covariates, deeply_inject_covariates, use_batch_norm, use_layer_norm, seed,
+            registry: as for `SCVI`.
         linear_classifier: the classifier is one linear layer, which training ends by fitting for itself (see
             `nn.class_fit`): more accurate and better calibrated than a network of few labels.
         classifier_parameters: n_hidden, n_layers, dropout_rate of the classifier, where they differ; by_batch:
@@ -48,6 +50,7 @@ class SCANVI(Queries):
         y_prior: prior probabilities of the cell types, in the order of the categories; None is uniform.
         labels_groups: for each type the number of its group; use_labels_groups: types are told apart within
             groups, which have a classifier of their own.
+        model_kwargs: as for `SCVI`.
 
     Raises:
         DataError: `adata` has not been set up.
@@ -62,6 +65,7 @@ class SCANVI(Queries):
     def __init__(
         self,
         adata: "AnnData | None" = None,
+        registry: Registry | None = None,
         n_hidden: int = 128,
         n_latent: int = 10,
         n_layers: int = 1,
@@ -73,18 +77,24 @@ class SCANVI(Queries):
         *,
         log_variational: bool = True,
         encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
         classifier_parameters: Mapping[str, Any] | None = None,
         y_prior: Any = None,
         labels_groups: Sequence[int] | None = None,
         use_labels_groups: bool = False,
-        registry: Registry | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        **model_kwargs: Any,
     ) -> None:
+        refuse("SCANVI", model_kwargs)
         init = {
             "n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers, "dropout_rate": dropout_rate,
             "dispersion": dispersion, "gene_likelihood": gene_likelihood,
             "use_observed_lib_size": use_observed_lib_size, "log_variational": log_variational,
-            "encode_covariates": encode_covariates, "linear_classifier": linear_classifier,
+            "encode_covariates": encode_covariates, "deeply_inject_covariates": deeply_inject_covariates,
+            "use_batch_norm": use_batch_norm, "use_layer_norm": use_layer_norm,
+            "linear_classifier": linear_classifier,
             "classifier_parameters": dict(classifier_parameters or {}),
             "y_prior": None if y_prior is None else [float(p) for p in np.ravel(y_prior)],
             "labels_groups": None if labels_groups is None else [int(g) for g in labels_groups],
@@ -105,6 +115,8 @@ class SCANVI(Queries):
         size_factor_key: str | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
+        use_minified: bool = True,  # noqa: FBT001, FBT002
+        **kwargs: Any,
     ) -> None:
         """Checks the counts and notes where a model finds what it reads, in `adata.uns["diffbio_setup"]`.
 
@@ -117,11 +129,14 @@ class SCANVI(Queries):
             size_factor_key: column of obs.
             categorical_covariate_keys: columns of obs.
             continuous_covariate_keys: columns of obs.
+            use_minified: accepted; data that are minified are set up already.
+            kwargs: none are known.
 
         Raises:
             MissingKeyError: a column or layer is not there.
             DataError: values are no counts, a covariate or label is missing (NaN), or no cell has a label.
         """
+        refuse("setup_anndata", kwargs)
         note_setup(cls.__name__, adata, {
             "layer": layer, "batch_key": batch_key, "labels_key": labels_key,
             "unlabeled_category": unlabeled_category, "size_factor_key": size_factor_key,
@@ -136,6 +151,7 @@ class SCANVI(Queries):
         unlabeled_category: str,
         labels_key: str | None = None,
         adata: "AnnData | None" = None,
+        registry: None = None,
         **scanvi_kwargs: Any,
     ) -> Self:
         """A SCANVI model that starts from the encoder and decoder of a trained SCVI model.
@@ -145,12 +161,17 @@ class SCANVI(Queries):
             unlabeled_category: value of labels_key for cells whose type is not known.
             labels_key: column of obs with the cell types; None takes that of the SCVI setup.
             adata: None takes that of the SCVI model.
+            registry: of scvi-tools; refused.
             scanvi_kwargs: linear_classifier, classifier_parameters, y_prior, labels_groups, use_labels_groups, seed.
 
         Raises:
             DataError: there are no labels, or `adata` does not fit the model.
             ConfigError: an argument is what the SCVI model has settled.
         """
+        refuse("from_scvi_model", {"registry": registry})
+        if not isinstance(scvi_model, SCVI):
+            msg = f"from_scvi_model: scvi_model must be a diffbio.models.SCVI, got {type(scvi_model).__name__}."
+            raise ConfigError(msg)
         given = scvi_model.registry.setup
         if settled := sorted(set(scanvi_kwargs) & set(scvi_model.init_params)):
             msg = f"from_scvi_model: {settled} are as in the SCVI model; leave them out."
@@ -163,6 +184,9 @@ class SCANVI(Queries):
         if adata is None:
             msg = "from_scvi_model: the SCVI model was loaded without data; pass adata=."
             raise DataError(msg)
+        if not scvi_model.is_trained:
+            message = "from_scvi_model: the SCVI model is not trained; call its train() first"
+            warnings.warn(message, DataWarning, stacklevel=2)
         old = scvi_model.registry
         setup = {**given, "labels_key": labels_key, "unlabeled_category": unlabeled_category}
         found = Registry.of(cls.__name__, adata, setup)
@@ -184,19 +208,29 @@ class SCANVI(Queries):
         self,
         max_epochs: int | None = None,
         n_samples_per_label: int | None = None,
-        *,
+        check_val_every_n_epoch: int | None = None,
         train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
         batch_size: int | None = None,
+        accelerator: str = "auto",
+        devices: Any = "auto",
+        adversarial_classifier: bool | None = None,  # noqa: FBT001
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_config: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        datamodule: None = None,
+        trainer_config: Mapping[str, Any] | None = None,
+        *,
         early_stopping: bool = True,
         early_stopping_patience: int | None = None,
         early_stopping_min_delta: float | None = None,
         gradient_clip_val: float | None = None,
-        plan_kwargs: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
         seed: int | None = None,
-        devices: Devices = None,
+        **trainer_kwargs: Any,
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch, and calibrates its answers.
 
@@ -209,18 +243,28 @@ class SCANVI(Queries):
         Args:
             max_epochs: passes over the cells at most.
             n_samples_per_label: labelled cells of every type per minibatch; None draws them as they come.
-            train_size: fraction of the cells to train on; the others decide when to stop.
+            check_val_every_n_epoch: met by any number: held-out cells are looked at after every epoch.
+            train_size: fraction of the cells to train on.
+            validation_size: as for `SCVI.train`, like all that is not named here.
+            shuffle_set_split: see there.
             batch_size: cells in a minibatch.
-            early_stopping: as for SCVI, like the following.
+            accelerator: see there.
+            devices: see there.
+            adversarial_classifier: of scvi-tools; refused.
+            datasplitter_kwargs: see there.
+            plan_config: see there.
+            plan_kwargs: as for `SCVI.train`, and classification_ratio: weight of the cross entropy.
+            datamodule: see there.
+            trainer_config: see there.
+            early_stopping: by the validation loss, in which the classifier's loss is.
             early_stopping_patience: epochs.
             early_stopping_min_delta: relative to the loss.
             gradient_clip_val: largest norm of a gradient.
-            plan_kwargs: as for `SCVI.train`, and classification_ratio: weight of the cross entropy.
             checkpoint: folder.
             resume: goes on from it.
             progress: shown or not.
             seed: None is the model's.
-            devices: as for SCVI.
+            trainer_kwargs: see there.
 
         Raises:
             ConfigError: an argument is out of range.
@@ -228,33 +272,28 @@ class SCANVI(Queries):
             TrainingDivergedError: loss or gradient stayed NaN or infinite.
             ProcessLostError: another process of this run is gone.
         """
+        own = {"self", "n_samples_per_label", "adversarial_classifier", "checkpoint", "resume"}
+        given = {name: value for name, value in locals().items() if name not in {*own, "own"}}
+        refuse("train", {"adversarial_classifier": adversarial_classifier or None})
         if n_samples_per_label is not None and n_samples_per_label < 1:
             msg = f"train: n_samples_per_label must be at least 1 or None, got {n_samples_per_label!r}."
             raise ConfigError(msg)
         cells = self._trainable_cells()
         if self.was_pretrained:
-            own = {key: self.fit_defaults[f"{key}_pretrained"] for key in ("n_epochs_kl_warmup", "lr")}
-            plan_kwargs = {**own, **(plan_kwargs or {})}
-        settings = self._settings(
-            max_epochs=max_epochs, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
-            early_stopping_patience=early_stopping_patience, early_stopping_min_delta=early_stopping_min_delta,
-            gradient_clip_val=gradient_clip_val, seed=seed, n_cells=cells.n_cells,
-        )
-        held_out = Split.of(cells.n_cells, settings, held_out=True)
+            gentle = {key: self.fit_defaults[f"{key}_pretrained"] for key in ("n_epochs_kl_warmup", "lr")}
+            given["plan_config"] = {**gentle, **merged("train", plan_config, None, "plan_config")}
+        run = self._run(cells.n_cells, given)
         source: Any = cells
         self.held_out_labels = np.empty(0, int)
         known = cells.columns["labels"] < len(self.registry.labels)
+        known[run.test] = False
         if known.any():  # a query may have no labels at all
-            source = self._beside_labelled(cells, known, held_out, settings, n_samples_per_label)
+            source = self._beside_labelled(cells, known, run, n_samples_per_label)
             if self.was_pretrained and self.trainable is None:
                 # a random classifier's cross entropy would push about the latent space that SCVI has learned
                 self.is_trained = True
                 self._fit_classifier(known)
-        history = self._train(
-            source=source, held_out=held_out, settings=settings, plan_kwargs=plan_kwargs,
-            checkpoint=checkpoint, resume=resume, progress=progress,
-            devices=devices,
-        )
+        history = self._train(source=source, run=run, checkpoint=checkpoint, resume=resume)
         if known.any() and self.trainable is None:  # a query keeps the reference's classifier
             self._fit_classifier(known)
         if len(self.held_out_labels):
@@ -268,6 +307,9 @@ class SCANVI(Queries):
         soft: bool = False,  # noqa: FBT001, FBT002 - scvi-tools' signature
         batch_size: int | None = None,
         use_posterior_mean: bool = True,  # noqa: FBT001, FBT002
+        ig_interpretability: bool = False,  # noqa: FBT001, FBT002
+        ig_args: None = None,
+        dataloader: None = None,
         *,
         min_confidence: float = 0.0,
         seed: int = 0,
@@ -280,9 +322,13 @@ class SCANVI(Queries):
             soft: gives probabilities, (cells, types).
             batch_size: cells in a chunk.
             use_posterior_mean: classifies the mean of q(z | x), not a draw.
+            ig_interpretability: of scvi-tools; refused, like ig_args and dataloader, with what takes its place.
+            ig_args: see above.
+            dataloader: see above.
             min_confidence: a cell whose likeliest type has a lower probability is called 'unknown'.
             seed: of the draws.
         """
+        refuse("predict", {"ig_interpretability": ig_interpretability, "ig_args": ig_args, "dataloader": dataloader})
         if not 0 <= min_confidence <= 1:
             msg = f"predict: min_confidence must be in [0, 1], got {min_confidence!r}."
             raise ConfigError(msg)
@@ -335,12 +381,12 @@ class SCANVI(Queries):
         return joined(parts)["log_probability"]
 
     def _beside_labelled(
-        self, cells: Any, known: np.ndarray, held_out: Split, settings: Settings, n_samples_per_label: int | None
+        self, cells: Any, known: np.ndarray, run: Run, n_samples_per_label: int | None
     ) -> LabelledBeside:
-        outside = np.empty(0, int) if held_out.validation is None else held_out.validation
+        outside = np.empty(0, int) if run.held_out.validation is None else run.held_out.validation
         unseen = outside[known[outside]]
         # a small share of labels is too dear to hold out: 3 of 31 would judge nothing and be missed
-        keep = len(unseen) >= self.fit_defaults["least_held_out_labels"]
+        keep = self.fit_defaults["least_held_out_labels"] <= len(unseen) < known.sum()
         self.held_out_labels = unseen if keep else np.empty(0, int)
         if self.trainable is None:  # a query keeps the reference's calibration until it has its own
             self.module.temperature.set_value(jnp.ones(()))
@@ -348,7 +394,7 @@ class SCANVI(Queries):
         seen[self.held_out_labels] = False
         return LabelledBeside(
             cells, np.flatnonzero(seen), held_out=outside, labelled_held_out=self.held_out_labels,
-            n_samples_per_label=n_samples_per_label, seed=settings.seed,
+            n_samples_per_label=n_samples_per_label, seed=run.settings.seed,
         )
 
     def _start_from(self, rows: np.ndarray, seed: int) -> None:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..history import History
 from ..nn.scvi import SCVI as Module
-from ..parallel import Devices
-from ..train import Split
 from .base import setup
 from .defaults import SCVI_TRAINING
+from .peer import refuse
 from .queries import Queries
 
 if TYPE_CHECKING:
@@ -33,7 +32,12 @@ class SCVI(Queries):
         log_variational: the encoders read log(1 + counts).
         encode_covariates: the encoders are told batch and covariates, too; what `load_query_data` needs to adapt
             the embedding of a query to it.
-        seed: of the weights, and of training unless `train` is given another.
+        deeply_inject_covariates: every layer is told batch and covariates, not the first alone.
+        use_batch_norm, use_layer_norm: where hidden layers have such a norm: 'encoder' | 'decoder' | 'both' | 'none'.
+        seed: of the weights, and of training unless `train` is given another; None is `as_scvi.settings.seed`, or 0.
+        registry: of another model, in place of that which `setup_anndata` noted in `adata`.
+        model_kwargs: further arguments of scvi-tools; refused, with what takes their place, unless they change
+            nothing.
 
     Raises:
         DataError: `adata` has not been set up.
@@ -46,6 +50,7 @@ class SCVI(Queries):
     def __init__(
         self,
         adata: "AnnData | None" = None,
+        registry: "Registry | None" = None,
         n_hidden: int = 128,
         n_latent: int = 10,
         n_layers: int = 1,
@@ -56,14 +61,19 @@ class SCVI(Queries):
         *,
         log_variational: bool = True,
         encode_covariates: bool = False,
-        registry: "Registry | None" = None,
-        seed: int = 0,
+        deeply_inject_covariates: bool = True,
+        use_batch_norm: str = "both",
+        use_layer_norm: str = "none",
+        seed: int | None = None,
+        **model_kwargs: Any,
     ) -> None:
+        refuse("SCVI", model_kwargs)
         init = {
             "n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers, "dropout_rate": dropout_rate,
             "dispersion": dispersion, "gene_likelihood": gene_likelihood,
             "use_observed_lib_size": use_observed_lib_size, "log_variational": log_variational,
-            "encode_covariates": encode_covariates,
+            "encode_covariates": encode_covariates, "deeply_inject_covariates": deeply_inject_covariates,
+            "use_batch_norm": use_batch_norm, "use_layer_norm": use_layer_norm,
         }
         super().__init__(adata, init, registry=registry, seed=seed)
 
@@ -77,6 +87,7 @@ class SCVI(Queries):
         size_factor_key: str | None = None,
         categorical_covariate_keys: Sequence[str] | None = None,
         continuous_covariate_keys: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Checks the counts and notes where a model finds what it reads, in `adata.uns["diffbio_setup"]`.
 
@@ -88,11 +99,13 @@ class SCVI(Queries):
             size_factor_key: column of obs to use in place of the library size.
             categorical_covariate_keys: further columns of obs with categories to correct for.
             continuous_covariate_keys: columns of obs with numbers to correct for; scale them to about 1.
+            kwargs: none are known.
 
         Raises:
             MissingKeyError: a column or layer is not there.
             DataError: values are no counts, or a covariate has missing values.
         """
+        refuse("setup_anndata", kwargs)
         setup(cls.__name__, adata, {
             "layer": layer, "batch_key": batch_key, "labels_key": labels_key, "size_factor_key": size_factor_key,
             "categorical_covariate_keys": listed(categorical_covariate_keys),
@@ -102,19 +115,28 @@ class SCVI(Queries):
     def train(
         self,
         max_epochs: int | None = None,
-        *,
+        accelerator: str = "auto",
+        devices: Any = "auto",
         train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        load_sparse_tensor: bool = False,  # noqa: FBT001, FBT002
         batch_size: int | None = None,
-        early_stopping: bool = True,
+        early_stopping: bool = True,  # noqa: FBT001, FBT002
+        datasplitter_kwargs: Mapping[str, Any] | None = None,
+        plan_config: Mapping[str, Any] | None = None,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        datamodule: None = None,
+        trainer_config: Mapping[str, Any] | None = None,
+        *,
         early_stopping_patience: int | None = None,
         early_stopping_min_delta: float | None = None,
         gradient_clip_val: float | None = None,
-        plan_kwargs: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         resume: bool = False,
         progress: bool = True,
         seed: int | None = None,
-        devices: Devices = None,
+        **trainer_kwargs: Any,
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch.
 
@@ -122,40 +144,45 @@ class SCVI(Queries):
 
         Args:
             max_epochs: passes over the cells at most; the default, `defaults.scvi_epochs`, falls with their number.
-            train_size: fraction of the cells to train on; the others decide when to stop.
-            batch_size: cells in a minibatch.
+            accelerator: 'auto', or the backend that JAX runs on: nothing else can be chosen here.
+            devices: that share every minibatch: how many, -1 for all, a list of numbers or of JAX devices; 'auto' is
+                one device, or in a run of several processes (`diffbio.parallel.join`) all of theirs.
+            train_size: fraction of the cells to train on.
+            validation_size: fraction that decides when to stop; None is the rest. What remains of both is a test
+                set, `test_indices`.
+            shuffle_set_split: False takes validation, training and test cells in the order of the data.
+            load_sparse_tensor: accepted; counts that are sparse stay so on the device anyway.
+            batch_size: cells in a minibatch; the last, incomplete one of an epoch is left out.
             early_stopping: stops when the held-out bound has not become better for
                 early_stopping_patience epochs; the best weights are kept either way.
-            early_stopping_patience: see above.
-            early_stopping_min_delta: by how much, relative to the loss, a better one must be better.
-            gradient_clip_val: largest norm of a gradient.
+            datasplitter_kwargs: of scvi-tools; refused, but for drop_last=True.
+            plan_config: as plan_kwargs, which go before it.
             plan_kwargs: lr, lr_schedule ('cosine' | 'constant'), lr_warmup (share of the steps), eps, weight_decay,
                 decay_matrices_only, optimizer ('Adam' | 'AdamW' | an optax optimizer), n_epochs_kl_warmup,
                 n_steps_kl_warmup, min_kl_weight, max_kl_weight.
+            datamodule: of scvi-tools; refused.
+            trainer_config: as trainer_kwargs, which go before it.
+            early_stopping_patience: see above.
+            early_stopping_min_delta: by how much, relative to the loss, a better one must be better.
+            gradient_clip_val: largest norm of a gradient.
             checkpoint: folder to save to every half minute and on SIGINT or SIGTERM.
             resume: goes on from `checkpoint` if it is there, bit-identical to a run that was never stopped.
             progress: a bar on a terminal, a line per epoch elsewhere.
             seed: of split, minibatches and weights' start; None is the model's.
-            devices: that share every minibatch: how many, -1 for all, or a list of JAX devices; None is one device,
-                or in a run of several processes (`diffbio.parallel.join`) all of theirs.
+            trainer_kwargs: Lightning's arguments: enable_progress_bar=False hides the progress;
+                check_val_every_n_epoch is met by any number, for held-out cells are looked at after every epoch;
+                early_stopping_monitor may be 'elbo_validation' or 'validation_loss', which are the same. Others are
+                refused, with what takes their place.
 
         Raises:
-            ConfigError: an argument is out of range.
+            ConfigError: an argument is out of range, or has no counterpart here.
             DataError: the data are minified.
             TrainingDivergedError: loss or gradient stayed NaN or infinite.
             ProcessLostError: another process of this run is gone.
         """
+        given = {name: value for name, value in locals().items() if name not in {"self", "checkpoint", "resume"}}
         source = self._trainable_cells()
-        settings = self._settings(
-            max_epochs=max_epochs, train_size=train_size, batch_size=batch_size, early_stopping=early_stopping,
-            early_stopping_patience=early_stopping_patience, early_stopping_min_delta=early_stopping_min_delta,
-            gradient_clip_val=gradient_clip_val, seed=seed, n_cells=source.n_cells,
-        )
-        return self._train(
-            source=source, held_out=Split.of(source.n_cells, settings, held_out=True), settings=settings,
-            plan_kwargs=plan_kwargs, checkpoint=checkpoint, resume=resume, progress=progress,
-            devices=devices,
-        )
+        return self._train(source=source, run=self._run(source.n_cells, given), checkpoint=checkpoint, resume=resume)
 
 
 def listed(keys: Sequence[str] | None) -> list[str] | None:

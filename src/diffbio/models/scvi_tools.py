@@ -20,13 +20,10 @@ from .scvi import SCVI
 if TYPE_CHECKING:
     from anndata import AnnData
 
-NORM_EPSILON = 1e-3  # of every batch norm, here and there
-
 # arguments of scvi-tools that our models lack, and the value at which they change nothing
 ONLY: dict[str, tuple[Any, ...]] = {
     "latent_distribution": ("normal",),
     "batch_representation": ("one-hot",),
-    "use_layer_norm": ("none",),
     "use_labels_groups": (False,),  # scvi-tools 1.1 to 1.4 divide logits there, which gives no probabilities
     "var_activation": (None,),
     "extra_encoder_kwargs": (None, {}),
@@ -36,10 +33,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
 THEIR_DEFAULTS: dict[str, Any] = {
     "n_hidden": 128, "n_latent": 10, "n_layers": 1, "dropout_rate": 0.1, "dispersion": "gene",
     "gene_likelihood": "zinb", "use_observed_lib_size": True, "log_variational": True, "encode_covariates": False,
+    "deeply_inject_covariates": True, "use_batch_norm": "both", "use_layer_norm": "none",
 }  # fmt: skip
 # arguments whose effect is all in the weights, or that concern training alone
 IN_THE_WEIGHTS = frozenset({
-    "deeply_inject_covariates", "use_batch_norm", "extra_payload_autotune", "batch_embedding_kwargs", "y_prior",
+    "extra_payload_autotune", "batch_embedding_kwargs", "y_prior",
     "library_log_means", "library_log_vars", "labels_groups", "use_labels_groups",
 })  # fmt: skip
 
@@ -51,8 +49,7 @@ def from_scvi_tools(folder: str | Path, adata: "AnnData | None" = None) -> SCVI 
 
         python .../diffbio/models/export_scvi_tools.py MODEL_FOLDER OUTPUT_FOLDER
 
-    The model gives what scvi-tools' model gives. Trained further, two of scvi-tools' options are not kept up: with
-    deeply_inject_covariates=False deeper layers may start to use the covariates, and use_batch_norm is 'both'.
+    The model gives what scvi-tools' model gives.
 
     Args:
         folder: OUTPUT_FOLDER.
@@ -155,19 +152,14 @@ class _Weights:
     def network(self, mlp: MLP, name: str) -> None:
         for i, block in enumerate(mlp.blocks):
             layer = f"{name}.fc_layers.Layer {i}"
-            kernel = self.get(f"{layer}.0.weight").T
-            missing = block.linear.in_features - len(kernel)
-            if i > 0 and missing == mlp.n_covariates:  # covariates reach the first layer alone
-                kernel = np.pad(kernel, ((0, missing), (0, 0)))
-            self.set(block.linear.kernel, layer, kernel)
+            self.set(block.linear.kernel, layer, self.get(f"{layer}.0.weight").T)
             bias, norm = self.get(f"{layer}.0.bias"), block.norm
-            assert norm is not None
-            if f"{layer}.1.running_mean" in self.arrays:
-                mean, var, scale, shift = (
-                    self.get(f"{layer}.1.{part}") for part in ("running_mean", "running_var", "weight", "bias")
-                )
-            else:  # without a batch norm: one that changes nothing
-                mean, var, scale, shift = 0.0 * bias, 0.0 * bias + (1.0 - NORM_EPSILON), 0.0 * bias + 1.0, 0.0 * bias
+            if norm is None:
+                self.set(block.linear.bias, layer, bias)
+                continue
+            mean, var, scale, shift = (
+                self.get(f"{layer}.1.{part}") for part in ("running_mean", "running_var", "weight", "bias")
+            )
             # our layers have no bias in front of the norm
             for variable, value in ((norm.mean, mean - bias), (norm.var, var), (norm.scale, scale), (norm.bias, shift)):
                 self.set(variable, layer, value)

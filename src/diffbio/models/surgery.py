@@ -5,7 +5,7 @@ New batches widen the one-hot inputs; only the weights of the new inputs are tra
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from flax import nnx
 
 from ..data.names import align_genes
 from ..data.source import counts_of
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..operators.base import to_numpy
 from .registry import Registry, check_setup_counts
 from .state import flat_state, set_state
@@ -26,13 +26,51 @@ if TYPE_CHECKING:
 Input = tuple[str, Any]  # a one-hot input: field and category
 
 
+class Frozen(NamedTuple):
+    """What of the reference stays as it is while the weights of new categories are trained (scvi-tools' switches).
+
+    dropout: is off. expression: the first layers' weights of the genes. decoder_first_layer: of the latent
+    dimensions. batchnorm_encoder, batchnorm_decoder: weights and running averages. classifier: all of it.
+    """
+
+    dropout: bool
+    expression: bool
+    decoder_first_layer: bool
+    batchnorm_encoder: bool
+    batchnorm_decoder: bool
+    classifier: bool
+
+    def opens(self, name: str) -> bool:
+        """Whether all of the weights `name` are trained."""
+        encoder = name.startswith(("vae/encoder/", "vae/library_encoder/"))
+        decoder = name.startswith("vae/decoder/network/")
+        return (
+            (encoder and "blocks/0/linear" in name and not self.expression)
+            or (decoder and "blocks/0/linear" in name and not self.decoder_first_layer)
+            or (encoder and "/norm/" in name and not self.batchnorm_encoder)
+            or (decoder and "/norm/" in name and not self.batchnorm_decoder)
+            or (name.startswith("classifier") and not self.classifier)
+        )
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """What is in train mode."""
+        return tuple(
+            name for name in ("dropout", "batchnorm_encoder", "batchnorm_decoder") if not getattr(self, name)
+        )
+
+
 def query_model(
-    cls: type["Model"], adata: "AnnData", reference: "Model", *, unfrozen: bool
+    cls: type["Model"], adata: "AnnData", reference: "Model", *, unfrozen: bool, frozen: "Frozen", transfer_batch: bool
 ) -> "Model":
     """A model of the query `adata` with the reference's weights, widened by the query's new categories."""
     old = reference.registry
     check_setup_counts(adata, old.setup.get("layer"))
     new = old.extended(adata)
+    if not transfer_batch and new.batches != old.batches:
+        unseen = ", ".join(map(repr, new.batches[len(old.batches) :]))
+        msg = f"load_query_data: transfer_batch=False, but {unseen} are no batches of the reference."
+        raise DataError(msg)
     model = cls(None, registry=new, seed=reference.seed, **reference.init_params)
     weights, mask = widened(
         {name: to_numpy(leaf) for name, leaf in flat_state(reference.module).items()},
@@ -41,7 +79,10 @@ def query_model(
     )
     set_state(model.module, weights)
     params = {name for name, leaf in flat_state(model.module).items() if isinstance(leaf, nnx.Param)}
-    model.trainable = None if unfrozen else {name: m for name, m in mask.items() if name in params}
+    if not unfrozen:
+        open_all = np.ones((), np.float32)
+        model.trainable = {name: open_all if frozen.opens(name) else m for name, m in mask.items() if name in params}
+        model.live = frozen.live
     model.is_trained = reference.is_trained
     model._attach(adata)
     if reference.library_prior is not None and model.library_prior is not None:
@@ -92,17 +133,21 @@ def padded(
     """`adata` with the reference's genes in its order; those that are missing are zero."""
     from anndata import AnnData
 
-    model = load(reference) if isinstance(reference, str | Path) else reference
+    model = load(reference, adata=False) if isinstance(reference, str | Path) else reference
     names = pd.Index(list(model.registry.var_names))
     if only_names:
         return names
-    alignment = align_genes(adata.var_names, names)
     layer = model.registry.setup.get("layer")
-    counts = alignment.apply(counts_of(adata, layer=layer))
+    if adata.isbacked:
+        msg = "prepare_query_anndata: the data lie in a file; call adata.to_memory() first."
+        raise DataError(msg)
+    counts_of(adata, layer=layer)  # says what is missing
+    alignment = align_genes(adata.var_names, names)
     obs, var = cast("pd.DataFrame", adata.obs), cast("pd.DataFrame", adata.var)
     result = AnnData(
-        counts if layer is None else None, obs=obs.copy(), var=var.reindex(names), uns=dict(adata.uns),
-        obsm=dict(cast("Any", adata.obsm)), layers=None if layer is None else {layer: counts},
+        None if adata.X is None else alignment.apply(adata.X), obs=obs.copy(), var=var.reindex(names),
+        uns=dict(adata.uns), obsm=dict(cast("Any", adata.obsm)), obsp=dict(cast("Any", adata.obsp)),
+        layers={key: alignment.apply(value) for key, value in cast("Any", adata.layers).items() if key},
     )
     if not inplace:
         return result
@@ -116,7 +161,7 @@ def loaded(cls: type["Model"], reference: "Model | str | Path") -> "Model":
     Raises:
         ConfigError: it is a model of another class.
     """
-    model = cls.load(reference) if isinstance(reference, str | Path) else reference
+    model = cls.load(reference, adata=False) if isinstance(reference, str | Path) else reference
     if type(model) is not cls:
         msg = f"load_query_data: the reference is a {type(model).__name__}, not a {cls.__name__}."
         raise ConfigError(msg)

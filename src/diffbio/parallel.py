@@ -12,6 +12,7 @@ import json
 import queue
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +27,10 @@ from .errors import ConfigError, DataWarning, ProcessLostError
 
 type Devices = int | Sequence[jax.Device] | None
 
-READ_AHEAD = 3  # batches of a file that a thread may hold ready
+READ_AHEAD = 8  # batches of a file that a thread may hold ready: a stretch of the file is read at once
 ASK_EVERY = 8  # steps between two looks at whether another process was told to stop
 ANSWERS_WAITING = 3  # looks under way, so that nobody waits for an answer
+GLOO = "Gloo "  # what exchanges between CPUs, as its errors call it
 END_SECONDS = 60  # that a process waits at its end for the others
 
 
@@ -197,8 +199,9 @@ class ManyDevices(OneDevice):
         """
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
-            if not self.several or "RESOURCE_EXHAUSTED" in str(error):
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # a ValueError where XLA is called directly
+            exchange = isinstance(error, jax.errors.JaxRuntimeError) or GLOO in str(error)
+            if not (self.several and exchange) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             _End.lost = True
             msg = (
@@ -312,7 +315,7 @@ def join(
 
 
 class _End:
-    """Process 0 holds the run together, so that it ends last."""
+    """Process 0 holds the run together: it ends last, since JAX aborts whoever cannot reach it."""
 
     lost = False
 
@@ -324,6 +327,14 @@ class _End:
             return
         with contextlib.suppress(Exception):  # a process that has died has said so already
             client.wait_at_barrier("diffbio: end", END_SECONDS * 1000)
+            if jax.process_index() > 0:
+                jax.distributed.shutdown()
+                return
+            everyone = list(range(jax.process_count()))
+            for _ in range(END_SECONDS * 20):
+                if len(client.get_live_nodes(everyone)) < 2:
+                    return
+                time.sleep(0.05)
 
 
 def _is_key(leaf: Any) -> bool:

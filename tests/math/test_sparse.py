@@ -60,3 +60,32 @@ def test_fuller_batches_than_usual_stay_sparse():
     usual, full = (source.take_sparse(rows)["counts"] for rows in (np.arange(0, 1000, 8), np.arange(800, 925)))
     assert len(usual.values) < len(full.values)
     np.testing.assert_array_equal(full.dense(), matrix[800:925].toarray())
+
+
+def test_blocks_are_the_batch_in_parts():
+    source, rng = ArraySource({"counts": MATRIX, "labels": np.arange(30)}), np.random.default_rng(2)
+    rows = rng.permutation(30)[:12]
+    taken = source.take_sparse(rows)["counts"], source.take_blocks(rows, 3, range(3))["counts"]
+    whole, blocks = jax.tree.map(jnp.asarray, taken)
+    assert blocks.index.shape[0] == 3
+    np.testing.assert_array_equal(blocks.dense(), MATRIX.toarray()[rows])
+    np.testing.assert_allclose(blocks.row_sums(blocks.values), whole.row_sums(whole.values), rtol=1e-6)
+    for shape in ((12, 11), (11,)):
+        array = jnp.asarray(rng.normal(size=shape))
+
+        def of_array(array, x):
+            return (x.row_sums(x.at_entries(array) * x.values) ** 2).sum()
+
+        (value, gradient), again = (jax.value_and_grad(of_array)(array, x) for x in (blocks, whole))
+        np.testing.assert_allclose(value, again[0], rtol=1e-5)
+        np.testing.assert_allclose(gradient, again[1], rtol=1e-4)
+
+
+def test_every_part_of_a_batch_has_the_same_capacity():
+    source = ArraySource({"counts": MATRIX, "labels": np.arange(30)})
+    rows = np.random.default_rng(3).permutation(30)[:12]
+    whole = source.take_blocks(rows, 3, range(3))
+    parts = [source.take_blocks(rows, 3, range(i, i + 1)) for i in range(3)]
+    np.testing.assert_array_equal(np.concatenate([p["counts"].index for p in parts]), whole["counts"].index)
+    np.testing.assert_array_equal(np.concatenate([p["labels"] for p in parts]), rows)
+    assert {p["counts"].shape for p in parts} == {(12, 11)}

@@ -12,6 +12,7 @@ from flax import nnx
 from scipy import sparse
 from toy import Toy, ToyConfig
 
+from diffbio.data.device_source import DeviceSource
 from diffbio.data.source import ArraySource, as_source
 from diffbio.errors import (
     ConfigError,
@@ -348,3 +349,8 @@ def test_documented_training_steps_train(form):
     model.train_mode()
     before = float(toy().objective({"counts": jnp.asarray(CELLS)})[0])
     assert float(form(model, {"counts": jnp.asarray(CELLS)}, optax.adam(1e-2))) < before
+
+
+def test_counts_on_the_device_train_to_the_same_bits():
+    source = ArraySource({"counts": sparse.csr_array(CELLS)})
+    assert_same(weights(fitted(data=DeviceSource(source))[0]), weights(fitted(data=source)[0]))

@@ -382,6 +382,7 @@ def compile_program(
 
 def dense_on_device(batch: Batch, *, keep: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Makes sparse entries of a batch dense, except those to `keep`; inside jit a scatter on the device."""
+    batch = {k: v.taken() if hasattr(v, "taken") else v for k, v in batch.items()}
     return {
         k: (v if k in keep else v.dense()) if hasattr(v, "dense") else jnp.asarray(v) for k, v in batch.items()
     }

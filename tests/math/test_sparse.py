@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
+from diffbio.data.device_source import DeviceSource
 from diffbio.data.source import ArraySource
 from diffbio.math.sparse import SparseRows
 
@@ -89,3 +90,22 @@ def test_every_part_of_a_batch_has_the_same_capacity():
     np.testing.assert_array_equal(np.concatenate([p["counts"].index for p in parts]), whole["counts"].index)
     np.testing.assert_array_equal(np.concatenate([p["labels"] for p in parts]), rows)
     assert {p["counts"].shape for p in parts} == {(12, 11)}
+
+
+def test_rows_of_a_matrix_on_the_device_are_those_of_the_host():
+    source = ArraySource({"counts": MATRIX, "labels": np.arange(30)})
+    on_device = DeviceSource(source)
+    for seed in range(4):
+        rows = np.random.default_rng(seed).permutation(30)[:8]
+        host, device = source.take_sparse(rows), on_device.take_sparse(rows)
+        taken = jax.jit(lambda batch: batch.taken())(device["counts"])
+        np.testing.assert_array_equal(taken.index, host["counts"].index)
+        np.testing.assert_array_equal(taken.values, host["counts"].values)
+        assert taken.shape == host["counts"].shape
+        np.testing.assert_array_equal(device["labels"], host["labels"])
+
+
+def test_rows_repeated_come_from_the_host():
+    matrix = sparse.csr_array(np.vstack([np.ones((1, 5)), np.zeros((9, 5))]).astype(np.float32))
+    batch = DeviceSource(ArraySource({"counts": matrix})).take_sparse(np.zeros(4, int))["counts"]
+    np.testing.assert_array_equal(batch, np.ones((4, 5)))

@@ -70,6 +70,39 @@ class SparseRows:
         return function if self.index.ndim == 1 else jax.vmap(function)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ResidentRows:
+    """Rows of a CSR matrix that lies on the device, named by number; inside jit `taken` makes them `SparseRows`.
+
+    rows: their numbers.
+    values, columns, starts: the matrix: entries, their columns, and where each row's entries start, and the last end.
+    n_columns: of the matrix. capacity: room for the entries of the rows; both static.
+    """
+
+    rows: Any
+    values: Any
+    columns: Any
+    starts: Any
+    n_columns: int = dataclasses.field(metadata={"static": True})
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    def taken(self) -> SparseRows:
+        """The rows as entries of the flattened dense batch."""
+        n = self.rows.shape[0]
+        first = self.starts[self.rows]
+        ends = jnp.cumsum(self.starts[self.rows + 1] - first)
+        entry = jnp.arange(self.capacity, dtype=ends.dtype)
+        row = jnp.searchsorted(ends, entry, side="right").clip(max=n - 1)  # of each entry
+        begins = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+        there = first[row] + entry - begins[row]
+        known = entry < ends[-1]
+        columns = self.columns.at[there].get(mode="clip").astype(jnp.int32)
+        index = jnp.where(known, row.astype(jnp.int32) * self.n_columns + columns, n * self.n_columns)
+        values = self.values.at[there].get(mode="clip").astype(jnp.float32)
+        return SparseRows(index, jnp.where(known, values, 0.0), (n, self.n_columns))
+
+
 def in_blocks(blocks: Sequence[SparseRows], n_blocks: int) -> SparseRows:
     """Some of the n_blocks blocks of a batch, all of one shape and capacity, as one; its shape is the batch's."""
     index, values = np.stack([b.index for b in blocks]), np.stack([b.values for b in blocks])

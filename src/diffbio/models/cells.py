@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from ..data.device_source import resident
 from ..data.names import align_genes
 from ..data.source import ArraySource, Source, as_source, counts_of
 from ..errors import DataError
@@ -168,7 +169,7 @@ def _counts(adata: "AnnData", registry: Registry) -> Source:
     matrix = counts_of(adata, layer=layer)
     if names != registry.var_names:
         matrix = align_genes(names, registry.var_names).apply(matrix)
-    return ArraySource({"counts": matrix})
+    return resident(ArraySource({"counts": matrix}))
 
 
 def library_sizes(counts: Source) -> np.ndarray:

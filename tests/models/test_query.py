@@ -105,7 +105,7 @@ def test_labels_go_to_a_new_batch_with_missing_genes(annotated, tmp_path):
 def test_too_many_missing_genes_or_another_model_are_refused(annotated, reference):
     with pytest.raises(DataError, match="12 of the model's 40 genes are missing"):
         SCVI.load_query_data(query()[:, 12:].copy(), reference)
-    with pytest.raises(ConfigError, match="the reference is a SCANVI, not a SCVI"):
+    with pytest.raises(ConfigError, match="reference_model is of class SCANVI, not SCVI"):
         SCVI.load_query_data(query(), annotated)
 
 

@@ -63,6 +63,8 @@ def test_unknown_is_an_answer(annotated):
     np.testing.assert_array_equal(answers == "unknown", soft < least)
     with pytest.raises(ConfigError, match="min_confidence"):
         annotated.predict(min_confidence=1.5)
+    with pytest.raises(ConfigError, match="min_confidence is for the answers of soft=False"):
+        annotated.predict(soft=True, min_confidence=0.5)
 
 
 def test_calibration_uses_labels_training_has_not_seen(annotated):

@@ -327,7 +327,7 @@ def test_classifier_parameters():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_labels": -1}, "n_labels must be at least 0, got -1"),
+        ({"n_labels": -1}, "n_labels must be a whole number, at least 0, got -1"),
         ({"n_labels": 0, "dispersion": "gene-label"}, "dispersion 'gene-label' needs n_labels"),
         ({"use_layer_norm": "all"}, "use_layer_norm must be one of 'encoder', 'decoder', 'both', 'none', got 'all'"),
         ({"y_prior": (0.5, 0.5)}, "y_prior must be 3 probabilities above 0 that sum to 1"),

@@ -15,6 +15,7 @@ from ..chunks import CHUNK_CELLS, Chunk, in_chunks, joined
 from ..data.source import Source
 from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
+from ..nn.count_vae import LIKELIHOODS
 from ..nn.scvi import SCVI as Module
 from ..train import split, train
 from . import posterior, saved, surgery
@@ -67,6 +68,13 @@ class Model:
                 msg = f"{name}: pass the AnnData that {name}.setup_anndata was called with."
                 raise ConfigError(msg)
             registry = Registry.read(adata, name)
+            if set(map(str, adata.var_names)) != set(registry.var_names):
+                msg = f"{name}: the genes are not those that {name}.setup_anndata was called with; call it again."
+                raise DataError(msg)
+        if init["gene_likelihood"] not in LIKELIHOODS:
+            chosen = ", ".join(map(repr, LIKELIHOODS))
+            msg = f"{name}: gene_likelihood must be one of {chosen}, got {init['gene_likelihood']!r}."
+            raise ConfigError(msg)
         self.registry, self.seed = registry, (settings.seed or 0) if seed is None else seed
         self.init_params: dict[str, Any] = {k: v.item() if isinstance(v, np.generic) else v for k, v in init.items()}
         self.training_history = History([])
@@ -227,6 +235,9 @@ class Model:
             options: arguments that programs are compiled for.
         """
         cells = self.cells(adata)
+        if batch_size is not None and batch_size < 1:
+            msg = f"{type(self).__name__}: batch_size must be at least 1, got {batch_size!r}."
+            raise ConfigError(msg)
         if needs_counts is not None:
             self._need_counts(cells, needs_counts)
         if not self.is_trained:
@@ -260,6 +271,9 @@ class Model:
         resume: bool,
     ) -> History:
         held_out, plan_kwargs = run.held_out, run.plan_kwargs
+        if resume and checkpoint is None:
+            msg = "train: resume=True needs checkpoint=, the folder to go on from."
+            raise ConfigError(msg)
         resume = resume and checkpoint is not None and Path(checkpoint).exists()
         n_train = len(held_out.train)
         if self.trainable is not None:  # a decay would pull the new weights away from the known ones they start at
@@ -608,8 +622,9 @@ class Model:
             raise ConfigError(msg)
         return self.registry.setup[setup_arg]
 
-    def get_var_names(self) -> np.ndarray:
+    def get_var_names(self, legacy_mudata_format: bool = False) -> np.ndarray:  # noqa: FBT001, FBT002
         """Names of the genes, in order."""
+        refuse("get_var_names", {"legacy_mudata_format": legacy_mudata_format})
         return np.array(self.registry.var_names)
 
     def get_from_registry(self, adata: "AnnData", registry_key: str) -> Any:

@@ -11,7 +11,7 @@ from ..data.names import align_genes
 from ..data.source import ArraySource, Source, as_source, counts_of
 from ..errors import DataError
 from ..parallel import Part, batch_of
-from .registry import MINIFIED, Registry
+from .registry import MINIFIED, Registry, layers_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -153,7 +153,7 @@ def cells_of(adata: "AnnData", registry: Registry) -> CellSource:
 def _counts(adata: "AnnData", registry: Registry) -> Source:
     layer = registry.setup.get("layer")
     if layer is not None and layer not in adata.layers:
-        msg = f"{registry.model}: no layer {layer!r}; layers are {', '.join(map(str, adata.layers)) or 'none'}."
+        msg = f"{registry.model}: no layer {layer!r}; layers are {layers_of(adata)}."
         raise DataError(msg)
     names = tuple(map(str, adata.var_names))
     place = "X" if layer is None else f"layers/{layer}"

@@ -74,9 +74,8 @@ def resampled(
 
     rows: cells, with repeats. arrays: those of `posterior.pool`.
     """
-    pool = joined(
-        model.evaluate(posterior.pool, cells, rows, batch_size, seed=seed, arrays=arrays, needs_counts="weights")
-    )
+    who = "weights='importance'"
+    pool = joined(model.evaluate(posterior.pool, cells, rows, batch_size, seed=seed, arrays=arrays, needs_counts=who))
     rng = np.random.default_rng([seed, 1])
     group = np.unique(rows)
     anchors = np.sort(rng.permutation(group)[: how.max_cells])

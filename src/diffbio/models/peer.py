@@ -54,7 +54,9 @@ INSTEAD = {
     "library_log_vars": "they are taken from the data, by batch",
     "use_size_factor_key": "pass size_factor_key= to setup_anndata",
     "use_observed_batches": "pass batch_correction=False",
-    "sub_sample": "pass indices=",
+    "use_gpu": "JAX computes on the device that it is installed for",
+    "use_cuda": "JAX computes on the device that it is installed for",
+    "frequency": "held-out cells are looked at after every epoch",
 }
 # the value at which an argument changes nothing
 NO_CHANGE: dict[str, tuple[Any, ...]] = {
@@ -86,6 +88,7 @@ ELSEWHERE = {
     "get_anndata_manager": "model.registry says how the data are read",
     "register_manager": "setup_anndata notes all there is in adata.uns",
     "deregister_manager": "setup_anndata notes all there is in adata.uns",
+    "get_state_registry": "model.registry has batches, labels and categories",
     "transfer_fields": "other AnnData need no setup: pass them as adata=",
     "data_registry": "model.view_anndata_setup() says where data are read from",
     "update_setup_method_args": "call setup_anndata again",

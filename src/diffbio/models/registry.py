@@ -4,7 +4,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -55,6 +55,11 @@ class Registry:
         labels = _names_of(adata, setup.get("labels_key"), "labels_key")
         if unlabelled is not None:
             labels = tuple(name for name in labels if name != unlabelled)
+            if odd := [name for name in labels if str(name).lower() in NO_LABEL]:
+                _warn(
+                    f"obs[{setup['labels_key']!r}]: {', '.join(map(repr, odd))} counts as a cell type; "
+                    f"unlabeled_category is {unlabelled!r}"
+                )
             if len(labels) < 1:
                 msg = f"setup_anndata: every cell of obs[{setup['labels_key']!r}] is {unlabelled!r}; label some cells."
                 raise DataError(msg)
@@ -118,6 +123,9 @@ class Registry:
             DataError: a batch that the model does not know.
         """
         several = batches if isinstance(batches, list | tuple | np.ndarray) else [batches]
+        if not len(several):
+            msg = "transform_batch: the list of batches is empty; name one at least, or pass None."
+            raise DataError(msg)
         codes = []
         for batch in map(plain, several):
             if batch in self.batches:
@@ -130,14 +138,18 @@ class Registry:
                 raise DataError(msg)
         return np.array(codes, np.int32)
 
-    def gene_columns(self, gene_list: Sequence[str] | None) -> np.ndarray:
-        """Columns of the named genes, in the model's order, as scvi-tools has it.
+    def gene_columns(self, gene_list: Sequence[str] | str | None) -> np.ndarray:
+        """Columns of the named genes (or of the one), in the model's order, as scvi-tools has it.
 
         Raises:
-            DataError: a gene that the model does not have.
+            DataError: a gene that the model does not have, or no gene at all.
         """
         if gene_list is None:
             return np.arange(len(self.var_names))
+        gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+        if not gene_list:
+            msg = "gene_list is empty; name one gene at least, or pass None for all."
+            raise DataError(msg)
         if unknown := sorted(set(gene_list) - set(self.var_names)):
             msg = f"gene_list: {', '.join(map(repr, unknown[:5]))} not among the model's {len(self.var_names)} genes."
             raise DataError(msg)
@@ -158,6 +170,14 @@ class Registry:
             msg = f"{model}: the AnnData is not set up; call {model}.setup_anndata(adata, ...) first."
             raise DataError(msg)
         return cls.from_json(json.loads(str(adata.uns[SETUP][model])))
+
+    def __getitem__(self, name: str) -> Any:
+        """What scvi-tools' registry has under `name`: 'model_name', 'setup_args', 'setup_method_name'."""
+        found = {"model_name": self.model, "setup_args": self.setup, "setup_method_name": "setup_anndata"}
+        if name not in found:
+            msg = f"registry has no {name!r}; it has {', '.join(found)}, and batches, labels, categories as attributes"
+            raise KeyError(msg)
+        return found[name]
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists and dicts."""
@@ -211,6 +231,7 @@ class Registry:
 
 
 UNSEEN, MISSING = -1, -2  # codes
+NO_LABEL = frozenset({"", "na", "nan", "none", "unassigned", "unknown", "unlabeled", "unlabelled"})
 
 
 def check_setup_counts(adata: "AnnData", layer: str | None) -> None:
@@ -223,7 +244,7 @@ def check_setup_counts(adata: "AnnData", layer: str | None) -> None:
         msg = "setup_anndata: this AnnData is minified: it holds no counts; set up the one they are in."
         raise DataError(msg)
     if layer is not None and layer not in adata.layers:
-        msg = f"setup_anndata: no layer {layer!r}; layers are {', '.join(map(str, adata.layers)) or 'none'}."
+        msg = f"setup_anndata: no layer {layer!r}; layers are {layers_of(adata)}."
         raise MissingKeyError(msg)
     check_counts(
         counts_of(adata, layer=layer),
@@ -232,6 +253,12 @@ def check_setup_counts(adata: "AnnData", layer: str | None) -> None:
         var_names=adata.var_names,
         uns=adata.uns if layer is None else (),
     )
+
+
+def layers_of(adata: "AnnData") -> str:
+    """Names of the layers, for messages."""
+    names: list[Any] = list(cast("Any", adata.layers))
+    return ", ".join(str(name) for name in names if name is not None) or "none"  # anndata lists X as None
 
 
 def plain(value: Any) -> Any:
@@ -254,6 +281,9 @@ def _names_of(adata: "AnnData", key: str | None, argument: str) -> Names:
     column = pd.Categorical(_column(adata, key, argument)).remove_unused_categories()
     if (column.codes < 0).any():
         raise _missing_value(adata, key, np.where(column.codes < 0, MISSING, 0))
+    if len(column.categories) == adata.n_obs >= 10:
+        msg = f"{argument}: each of the {adata.n_obs} cells has its own value in obs[{key!r}]; name another column."
+        raise DataError(msg)
     return tuple(map(plain, column.categories))
 
 

@@ -79,6 +79,12 @@ def read(cls: type["Model"], dir_path: str | Path) -> "Model":
     Raises:
         ModelFileError: the folder is damaged or holds another kind of model.
     """
+    if (Path(dir_path) / "model.pt").is_file():
+        msg = (
+            f"load: {dir_path} holds a model of scvi-tools, a pickle, which diffbio never reads; see "
+            "diffbio.models.from_scvi_tools."
+        )
+        raise ModelFileError(msg)
     header, arrays = storage.load_folder(dir_path)
     if header.get("model") != cls.__name__:
         msg = f"load: {dir_path} holds {header.get('model') or header.get('operator')!r}, not {cls.__name__}."

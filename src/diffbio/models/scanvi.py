@@ -50,6 +50,7 @@ class SCANVI(Queries):
         y_prior: prior probabilities of the cell types, in the order of the categories; None is uniform.
         labels_groups: for each type the number of its group; use_labels_groups: types are told apart within
             groups, which have a classifier of their own.
+        datamodule: of scvi-tools; refused.
         model_kwargs: as for `SCVI`.
 
     Raises:
@@ -74,6 +75,7 @@ class SCANVI(Queries):
         gene_likelihood: str = "zinb",
         use_observed_lib_size: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
         linear_classifier: bool = True,  # noqa: FBT001, FBT002
+        datamodule: None = None,
         *,
         log_variational: bool = True,
         encode_covariates: bool = False,
@@ -87,7 +89,7 @@ class SCANVI(Queries):
         seed: int | None = None,
         **model_kwargs: Any,
     ) -> None:
-        refuse("SCANVI", model_kwargs)
+        refuse("SCANVI", {"datamodule": datamodule, **model_kwargs})
         init = {
             "n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers, "dropout_rate": dropout_rate,
             "dispersion": dispersion, "gene_likelihood": gene_likelihood,
@@ -331,6 +333,9 @@ class SCANVI(Queries):
         refuse("predict", {"ig_interpretability": ig_interpretability, "ig_args": ig_args, "dataloader": dataloader})
         if not 0 <= min_confidence <= 1:
             msg = f"predict: min_confidence must be in [0, 1], got {min_confidence!r}."
+            raise ConfigError(msg)
+        if soft and min_confidence > 0:
+            msg = "predict: soft=True gives the probabilities; min_confidence is for the answers of soft=False."
             raise ConfigError(msg)
         log_p = self._log_probabilities(adata, indices, batch_size, draw=not use_posterior_mean, seed=seed)
         probabilities = np.exp(log_p)

@@ -29,6 +29,7 @@ class SCVI(Queries):
         dispersion: 'gene' | 'gene-batch' | 'gene-label' | 'gene-cell'.
         gene_likelihood: 'zinb' | 'nb' | 'poisson'.
         use_observed_lib_size: the library size is the sum of the counts, not a latent variable.
+        latent_distribution: 'normal' is the one there is.
         log_variational: the encoders read log(1 + counts).
         encode_covariates: the encoders are told batch and covariates, too; what `load_query_data` needs to adapt
             the embedding of a query to it.
@@ -58,6 +59,7 @@ class SCVI(Queries):
         dispersion: str = "gene",
         gene_likelihood: str = "zinb",
         use_observed_lib_size: bool = True,  # noqa: FBT001, FBT002 - scvi-tools' signature
+        latent_distribution: str = "normal",
         *,
         log_variational: bool = True,
         encode_covariates: bool = False,
@@ -67,7 +69,7 @@ class SCVI(Queries):
         seed: int | None = None,
         **model_kwargs: Any,
     ) -> None:
-        refuse("SCVI", model_kwargs)
+        refuse("SCVI", {"latent_distribution": latent_distribution, **model_kwargs})
         init = {
             "n_hidden": n_hidden, "n_latent": n_latent, "n_layers": n_layers, "dropout_rate": dropout_rate,
             "dispersion": dispersion, "gene_likelihood": gene_likelihood,

@@ -163,7 +163,7 @@ def loaded(cls: type["Model"], reference: "Model | str | Path") -> "Model":
     """
     model = cls.load(reference, adata=False) if isinstance(reference, str | Path) else reference
     if type(model) is not cls:
-        msg = f"load_query_data: the reference is a {type(model).__name__}, not a {cls.__name__}."
+        msg = f"load_query_data: reference_model is of class {type(model).__name__}, not {cls.__name__}."
         raise ConfigError(msg)
     return model
 

@@ -116,10 +116,10 @@ class SCVI(nnx.Module):
             ("n_latent", n_latent, 1), ("n_layers", n_layers, 1), ("n_continuous_cov", n_continuous_cov, 0),
             *(("n_cats_per_cov", n, 1) for n in n_cats_per_cov),
         ):
-            if size < least:
-                msg = f"{who}: {name} must be at least {least}, got {size!r}."
+            if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < least:
+                msg = f"{who}: {name} must be a whole number, at least {least}, got {size!r}."
                 raise ConfigError(msg)
-        if not 0 <= dropout_rate < 1:
+        if not isinstance(dropout_rate, int | float | np.floating) or not 0 <= dropout_rate < 1:
             msg = f"{who}: dropout_rate must be in [0, 1), got {dropout_rate!r}."
             raise ConfigError(msg)
         if dispersion == "gene-label" and n_labels == 0:

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import anndata
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ from diffbio.errors import (
     TrainingInterrupted,
 )
 from diffbio.fitting import fit
+from diffbio.history import Progress
 from diffbio.operators.base import operators_in
 from diffbio.train import Settings, Split
 
@@ -354,3 +356,17 @@ def test_documented_training_steps_train(form):
 def test_counts_on_the_device_train_to_the_same_bits():
     source = ArraySource({"counts": sparse.csr_array(CELLS)})
     assert_same(weights(fitted(data=DeviceSource(source))[0]), weights(fitted(data=source)[0]))
+
+
+def test_a_file_read_ahead_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    anndata.AnnData(sparse.csr_matrix(CELLS)).write_h5ad(tmp_path / "cells.h5ad")
+    settings = {"data": str(tmp_path / "cells.h5ad"), "max_epochs": 4}
+    whole, history = fitted(**settings, checkpoint=tmp_path / "whole")
+    steps = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "step", lambda *_: (steps.append(1), len(steps) == 9 and signal.raise_signal(2)))
+        with pytest.raises(TrainingInterrupted):
+            fitted(**settings, checkpoint=tmp_path / "part")
+    resumed, again = fitted(**settings, checkpoint=tmp_path / "part", resume=True)
+    assert_same(weights(resumed), weights(whole))
+    assert again["loss"] == history["loss"]

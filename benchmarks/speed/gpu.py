@@ -89,7 +89,8 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
 def run(python: Path | str, given: argparse.Namespace, side: str, path: Path, batch_size: int) -> dict[str, Any] | None:
     """One side in a process of its own; None if it fails, after its words."""
     command = [str(python), "benchmarks/speed/gpu.py", "--side", side, "--file", str(path)]
-    command += ["--epochs", str(given.epochs), "--batch-size", str(batch_size), *(["--allow-cpu"] if given.allow_cpu else [])]
+    command += ["--epochs", str(given.epochs), "--batch-size", str(batch_size)]
+    command += ["--allow-cpu"] if given.allow_cpu else []
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{side}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)

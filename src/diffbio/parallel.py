@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import os
 import queue
 import sys
 import threading
@@ -31,6 +32,10 @@ READ_AHEAD = 8  # batches of a file that a thread may hold ready: a stretch of t
 ASK_EVERY = 8  # steps between two looks at whether another process was told to stop
 ANSWERS_WAITING = 3  # looks under way, so that nobody waits for an answer
 GLOO = "Gloo "  # what exchanges between CPUs, as its errors call it
+LOST = (
+    "fit: another process of this run has ended or cannot be reached, and training cannot go on without it: its own "
+    "output says why. Start all processes again, with checkpoint= and resume=True to go on from the last checkpoint."
+)
 END_SECONDS = 60  # that a process waits at its end for the others
 
 
@@ -87,6 +92,10 @@ class OneDevice:
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """Says what happened when another process is gone."""
+        return contextlib.nullcontext()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Where this process does without the others for a while."""
         return contextlib.nullcontext()
 
 
@@ -197,19 +206,27 @@ class ManyDevices(OneDevice):
         Raises:
             ProcessLostError: in place of what the exchange with it raised.
         """
+        _Others.needed = self.several
         try:
             yield
         except (jax.errors.JaxRuntimeError, ValueError) as error:  # a ValueError where XLA is called directly
             exchange = isinstance(error, jax.errors.JaxRuntimeError) or GLOO in str(error)
             if not (self.several and exchange) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            _End.lost = True
-            msg = (
-                "fit: another process of this run has ended or cannot be reached, and training cannot go on without "
-                "it: its own output says why. Start all processes again, with checkpoint= and resume=True to go on "
-                f"from the last checkpoint. ({str(error).splitlines()[0][:200]})"
-            )
+            _Others.lost = True
+            msg = f"{LOST} ({str(error).splitlines()[0][:200]})"
             raise ProcessLostError(msg) from error
+        finally:
+            _Others.needed = False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Where this process does without the others for a while."""
+        before, _Others.needed = _Others.needed, False
+        try:
+            yield
+        finally:
+            _Others.needed = before
 
     def _placed(self, value: Any, where: NamedSharding | None = None) -> jax.Array:
         return jax.make_array_from_process_local_data(where or self.everywhere, np.asarray(value))
@@ -311,17 +328,52 @@ def join(
     jax.distributed.initialize(
         coordinator, n_processes, process, heartbeat_timeout_seconds=heartbeat_seconds, **options
     )
-    atexit.register(_End.together)
+    _Others.patience = heartbeat_seconds
+    _Others.watch.start()
+    atexit.register(_Others.end)
 
 
-class _End:
-    """Process 0 holds the run together: it ends last, since JAX aborts whoever cannot reach it."""
+class _Others:
+    """What this process knows of the others, and how they end together.
 
+    A partner that has died breaks the connection, which raises an error. One that only falls silent does not: the
+    main thread waits for it in XLA, where nothing can be raised, so that a second thread ends the process.
+    """
+
+    needed = False  # this process cannot go on without them
     lost = False
+    patience = 20  # seconds
+    ended = threading.Event()
+    watch: threading.Thread
 
     @classmethod
-    def together(cls) -> None:
-        """Waits for the others, unless something went wrong."""
+    def look(cls) -> None:
+        """Gives a sign of life every second, and looks for theirs."""
+        client, me = jax._src.distributed.global_state.client, jax._src.distributed.global_state.process_id
+        others = [i for i in range(jax._src.distributed.global_state.num_processes) if i != me]
+        signs, silent = dict.fromkeys(others, ""), dict.fromkeys(others, 0)
+        beats = 0
+        while not cls.ended.wait(1.0):
+            beats += 1
+            with contextlib.suppress(Exception):  # process 0 is gone: JAX ends this one
+                client.key_value_set(f"diffbio/sign/{me}", str(beats), allow_overwrite=True)
+            for i in others:
+                sign = signs[i]
+                with contextlib.suppress(Exception):  # no sign yet
+                    sign = client.key_value_try_get(f"diffbio/sign/{i}")
+                # looks are counted, not seconds: a machine may have slept
+                silent[i] = silent[i] + 1 if sign == signs[i] else 0
+                signs[i] = sign
+                if silent[i] > cls.patience and cls.needed:
+                    print(f"ProcessLostError: {LOST} (process {i} has been silent for {silent[i]} s)", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(ProcessLostError.exit_code)
+
+    @classmethod
+    def end(cls) -> None:
+        """Waits for the others, unless something went wrong; process 0 ends last: JAX aborts who cannot reach it."""
+        cls.ended.set()
+        cls.watch.join()
         client = jax._src.distributed.global_state.client
         if client is None or cls.lost or getattr(sys, "last_exc", None) is not None:
             return
@@ -335,6 +387,9 @@ class _End:
                 if len(client.get_live_nodes(everyone)) < 2:
                     return
                 time.sleep(0.05)
+
+
+_Others.watch = threading.Thread(target=_Others.look, name="diffbio-others", daemon=True)
 
 
 def _is_key(leaf: Any) -> bool:

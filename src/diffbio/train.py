@@ -211,7 +211,8 @@ def train(
 
     def save() -> None:
         if checkpoint is not None and layout.writes:
-            store(checkpoint, carry, best, clock, identity)
+            with layout.alone():
+                store(checkpoint, carry, best, clock, identity)
 
     def batches_of(rows: Any) -> Any:
         return closing(in_order(lambda r: layout.batch(source, r), rows, ahead=ahead))

@@ -257,3 +257,22 @@ def test_damage_met_while_streaming_is_the_files_fault(tmp_path, make):
     with pytest.raises(InputFileError, match="damaged: make a fresh copy"):
         source.take(np.arange(400))
     source.close()
+
+
+@pytest.mark.parametrize("genes", [None, np.arange(9)])
+def test_parts_of_a_batch_of_a_file_are_the_batch(h5ad, small, genes):
+    file, memory = source_of(h5ad, genes=genes), source_of(small, genes=genes)
+    rows = np.random.default_rng(0).permutation(small.n_obs)[:24]
+    wanted = memory.take(rows)
+    for source in (file, memory):
+        parts = [source.take_blocks(rows, 4, mine) for mine in (range(1), range(1, 4))]
+        # without reading it, nobody can tell how many entries of some genes another process has
+        assert isinstance(parts[0]["counts"], SparseRows) == (genes is None or source is memory)
+        kinds = [np.asarray(p["counts"].index).shape[1:] for p in parts if isinstance(p["counts"], SparseRows)]
+        assert len(set(kinds)) < 2  # one capacity
+        whole = source.take_blocks(rows, 4, range(4))
+        counts = whole["counts"].dense() if isinstance(whole["counts"], SparseRows) else whole["counts"]
+        np.testing.assert_array_equal(counts, wanted["counts"])
+        for key in KEYS[1:2]:
+            np.testing.assert_array_equal(np.concatenate([p[key] for p in parts]), wanted[key])
+        np.testing.assert_array_equal(parts[0][KEYS[2]], wanted[KEYS[2]])

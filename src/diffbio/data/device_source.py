@@ -30,8 +30,8 @@ class DeviceSource(ArraySource):
 
     def __init__(self, source: ArraySource) -> None:
         super().__init__(source.cells, source.constants, categories=source.categories)
-        self.resident = {
-            key: tuple(jnp.asarray(part) for part in (value.data, value.indices, value.indptr.astype(np.int32)))
+        self.resident: dict[str, tuple[Any, Any, Any]] = {
+            key: (jnp.asarray(value.data), jnp.asarray(value.indices), jnp.asarray(value.indptr.astype(np.int32)))
             for key, value in self.cells.items()
             if isinstance(value, sparse.csr_array) and value.nnz <= MOST_ENTRIES
         }

@@ -10,7 +10,10 @@ from .errors import TrainingInterrupted
 
 
 class Interrupts:
-    """Turns the first SIGINT or SIGTERM into a note to stop after the step; a second one acts at once."""
+    """Turns the first SIGINT or SIGTERM into a note to stop after the step; a second one acts at once.
+
+    One that came after the last step, when nobody looks at the note any more, acts on the way out.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -22,8 +25,10 @@ class Interrupts:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._restore()
+        if self.signal is not None and error is None:
+            signal.raise_signal(self.signal)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number

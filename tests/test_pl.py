@@ -100,6 +100,10 @@ def test_cluster_sizes_add_up():
     heights = sum(bar.get_height() for bar in ax.patches)
     assert heights == adata.n_obs
     assert ax.get_title() == "cluster sizes by batch"
+    assert ax.get_ylim()[1] > 1.1 * max(bar.get_y() + bar.get_height() for bar in ax.patches)
+    adata.obs["batch"] = np.where(adata.obs["diffbio_cluster"] == "0", "first", "others")  # no cluster has both
+    ax = pl.cluster(adata)
+    assert ax.get_ylim()[1] > 1.1 * max(bar.get_y() + bar.get_height() for bar in ax.patches)
 
 
 def test_names_from_a_file_cannot_break_a_figure():

@@ -96,7 +96,7 @@ def cluster(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
     if len(names) <= 30:
         for k, size in enumerate(bottom):
             ax.annotate(f"{size:,.0f}", (k, size), ha="center", va="bottom", fontsize=7, color="0.25")
-    ax.margins(y=0.12)
+    ax.set_ylim(0, 1.12 * max(bottom.max(), 1))  # a batch without cells would stick to the top of the others
     step = max(1, -(-len(names) // 25))
     ax.set_xticks(range(0, len(names), step), [_short(n) for n in names[::step]], fontsize=8)
     ax.set(
@@ -121,7 +121,8 @@ def training(adata: "AnnData", stage: str, *, ax: "Axes | None" = None) -> "Axes
     if np.isfinite(validation).any():
         ax.plot(epoch, validation, color=PALETTE[4], marker=mark, label="validation")
         ax.legend(frameon=False, fontsize=8)
-    ax.set(xlabel="epoch", ylabel="loss per cell", title=stage)
+    unit = "pair of neighbours" if stage.startswith("umap") else "cell"
+    ax.set(xlabel="epoch", ylabel=f"loss per {unit}", title=stage)
     ax.ticklabel_format(axis="y", useOffset=False)
     return _tidy(ax)
 

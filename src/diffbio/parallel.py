@@ -349,8 +349,9 @@ class _Others:
     @classmethod
     def look(cls) -> None:
         """Gives a sign of life every second, and looks for theirs."""
-        client, me = jax._src.distributed.global_state.client, jax._src.distributed.global_state.process_id
-        others = [i for i in range(jax._src.distributed.global_state.num_processes) if i != me]
+        state = jax._src.distributed.global_state
+        client: Any = state.client
+        me, others = state.process_id, [i for i in range(state.num_processes) if i != state.process_id]
         signs, silent = dict.fromkeys(others, ""), dict.fromkeys(others, 0)
         beats = 0
         while not cls.ended.wait(1.0):

@@ -105,6 +105,7 @@ def test_wrong_usage(capsys, arguments, wanted):
     ("seed: 1\nseed: 2", "setting 'seed' is given twice"),
     ("- seed", "expected lines such as 'n_clusters: 12', got list"),
     ("seed: [1", "is not valid YAML"),
+    ("n_clusters: [&a [x, x], &b [*a, *a], [*b, *b]]", "*a refers to another value; write the value out"),
     ("seed: !!python/object/apply:os.system ['true']", "is not valid YAML"),
 ])  # fmt: skip
 def test_settings_are_checked_before_anything_runs(capsys, tmp_path, cells, out, line, wanted):
@@ -260,6 +261,20 @@ def test_the_output_is_checked_before_training(capsys, tmp_path, cells, out, mon
     assert out.read_bytes() == b"something"
 
 
+def test_one_run_at_a_time_writes_to_a_checkpoint(capsys, tmp_path, cells, out):
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "out.h5ad.checkpoint"
+    folder.mkdir()
+    other = os.open(folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said = failed(capsys, ["run", cells, "-o", out], 5)
+    assert f"is in use by another run; {folder}; wait for its end, or choose another output" in said
+    assert folder.is_dir()
+    os.close(other)
+    assert "n_clusters must be" in failed(capsys, ["run", cells, "-o", out, "--n-clusters", "121"], 2)
+    assert not folder.exists()
+
+
 def test_a_report_needs_results(capsys, tmp_path, cells):
     said = failed(capsys, ["report", cells, "-o", tmp_path / "report.html"], 3)
     assert f"holds no results of diffbio; {cells}; first: diffbio run" in said
@@ -381,6 +396,8 @@ def test_a_run_says_what_it_did(whole_run):
     assert record["params"]["n_top_genes"] == 30
     assert record["params"]["n_clusters"] == 3
     assert len(record["input_sha256"]) == 64
+    assert set(record["training"]) == set(np.asarray(record["history"]["stage"], str))
+    assert record["training"]["vae"]["batch_size"] == 128
     assert record["input"] == "cells.h5ad"
     assert list(record["batches"]) == ["donor 0", "donor 1"]
     assert len(record["skipped"]) == len(record["unfitted"]) == 0
@@ -419,6 +436,45 @@ def test_a_streamed_run_without_most_stages_says_which(tmp_path, capsys):
         "batch correction: no batch key was given", "ambient removal: switched off", "UMAP: switched off",
         "clustering: switched off",
     ]  # fmt: skip
+
+
+def test_what_is_odd_but_allowed_is_warned_of_and_analysed(tmp_path, capsys):
+    adata = toy_cells()
+    counts = adata.X.toarray()
+    counts[[5, 60]] = counts[:, 7] = 0
+    counts[1, 1], counts[2, 2] = 30.5, 2**24 + 2
+    adata.X = sparse.csr_matrix(counts)
+    adata.obs_names = ["twin", "twin", *adata.obs_names[2:]]
+    adata.obs["batch"] = ["alone", *["others"] * 119]
+    adata.obs["cell_type"] = ["rare", *["common"] * 119]
+    with pytest.warns(UserWarning, match="not unique"):
+        cells = write_results(adata, tmp_path / "odd.h5ad", {})
+    (tmp_path / "run.yaml").write_text(ONE_STAGE.replace("max_epochs: 400", "max_epochs: 1"))
+    arguments = ["run", cells, "-o", tmp_path / "out.h5ad", "--config", tmp_path / "run.yaml", "--quiet"]
+    arguments += ["--batch-key", "batch", "--label-key", "cell_type"]
+    assert "--allow-non-integer" in failed(capsys, arguments, 3)
+    assert run_command([*map(str, arguments), "--allow-non-integer"]) == 0
+    said = capsys.readouterr().err
+    for wanted in (
+        "2 of 120 cells have no count", "1 of 50 genes have no count in any cell", "are not integers", "above 2^24",
+        "1 cell names occur more than once, such as 'twin'; their order is kept",
+        "1 of 2 batches have a single cell, such as 'alone'", "1 classes have a single cell, such as 'rare'",
+    ):  # fmt: skip
+        assert sum(line.startswith("warning: ") and wanted in line for line in said.splitlines()) == 1, (wanted, said)
+    with h5py.File(tmp_path / "out.h5ad") as file:
+        assert [name.decode() for name in file["obs/_index"][:]] == list(adata.obs_names)
+        assert np.isfinite(file["obsm/X_diffbio_latent"][:]).all()
+        assert np.isfinite(file["obsm/X_diffbio_harmony"][:]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (120, 1)])
+def test_one_cell_or_one_gene_is_analysed(tmp_path, capsys, shape):
+    adata = toy_cells()[: shape[0], : shape[1]].copy()
+    cells = write_results(adata, tmp_path / "few.h5ad", {})
+    (tmp_path / "run.yaml").write_text(ONE_STAGE.replace("max_epochs: 400", "max_epochs: 1"))
+    arguments = ["run", cells, "-o", tmp_path / "out.h5ad", "--config", tmp_path / "run.yaml", "--quiet"]
+    assert run_command([*map(str, arguments), "--force"]) == 0
+    assert np.isfinite(read(tmp_path / "out.h5ad").obsm["X_diffbio_latent"]).all()
 
 
 def hostile():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +23,13 @@ class History:
             in front, `good_steps`, `skipped_steps`, `cells_per_second`.
         best_epoch: whose weights the model holds.
         stopped_early: whether the validation loss had stopped falling.
+        settings: of a pipeline, what each stage was trained with.
     """
 
     rows: list[dict[str, float]]
     best_epoch: int = -1
     stopped_early: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)

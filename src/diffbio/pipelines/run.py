@@ -157,6 +157,7 @@ def analyse(
         **record,
     )
     entry |= {"counts": prepared.counts, "batches": plain(prepared.batches), "history": history.columns()}
+    entry["training"] = plain({stage: dict(chosen) for stage, chosen in history.settings.items()})
     if isinstance(origin, str | Path):
         entry["input"] = Path(origin).name
     pipeline.genes, pipeline.batches = prepared.names, tuple(prepared.batches)

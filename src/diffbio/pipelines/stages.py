@@ -48,6 +48,7 @@ class Run:
     schedules: Mapping[str, Schedule] | None
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     done: list[str] = dataclasses.field(default_factory=list)
+    chosen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # the settings of every stage
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on between two stages."""
@@ -80,6 +81,7 @@ class Run:
             epochs = min(defaults["max_epochs"], epochs)
         folder = None if self.checkpoint is None else self.checkpoint / stage
         settings = Settings(**{**defaults, **given, "max_epochs": epochs})
+        self.chosen[stage] = dataclasses.asdict(settings)
         how = dict(self.how)
         if frozen is not None:
             how["optimizer"] = all_but(frozen, optax.adam(settings.learning_rate))
@@ -172,7 +174,7 @@ def fit_stages(
     pipeline.eval_mode()
     trained = sum(row["stage"] == "vae" for row in run.rows)
     longest = settings.get("max_epochs", pipeline.vae_normalizer.fit_defaults["max_epochs"])
-    return History(run.rows, stopped_early=trained < longest)
+    return History(run.rows, stopped_early=trained < longest, settings=run.chosen)
 
 
 def _fit_ambient(run: Run) -> None:
@@ -283,7 +285,7 @@ def save_progress(run: Run) -> None:
     """Writes the pipeline between two stages."""
     assert run.checkpoint is not None
     arrays = {key: to_numpy(value) for key, value in run.pipeline.saved_state().items()}
-    header = {"kind": PROGRESS, **run.identity(), "done": run.done, "rows": run.rows}
+    header = {"kind": PROGRESS, **run.identity(), "done": run.done, "rows": run.rows, "chosen": run.chosen}
     run.checkpoint.mkdir(parents=True, exist_ok=True)
     storage.save_folder(run.checkpoint / "pipeline", header, arrays)
 
@@ -297,7 +299,7 @@ def load_progress(run: Run) -> None:
         raise ModelFileError(msg)
     same(header, run.identity(), run.checkpoint, force=run.how["force"])
     run.pipeline.restore(arrays, where=str(run.checkpoint))
-    run.done, run.rows = list(header["done"]), list(header["rows"])
+    run.done, run.rows, run.chosen = list(header["done"]), list(header["rows"]), dict(header["chosen"])
 
 
 def forget(folder: Path) -> None:

@@ -290,7 +290,13 @@ def settings_from(path: Path) -> dict[str, Any]:
     import yaml
 
     class Strict(yaml.SafeLoader):
-        """Refuses repeated names, of which YAML would silently keep the last."""
+        """Refuses repeated names, of which YAML would silently keep the last, and values that refer to others."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for terabytes
+                msg = f"{path}: *{self.peek_event().anchor} refers to another value; write the value out"
+                raise ConfigError(msg)
+            return super().compose_node(parent, index)
 
     def mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001 - PyYAML's
         names = [loader.construct_object(key, deep=True) for key, _ in node.value]
@@ -350,30 +356,59 @@ def _run(
     from .pipelines.stages import forget
 
     sorted_out(settings)
-    try:
-        with _told():
-            analysis = analyse(
-                cells,
-                on_disk=_on_disk(cells, stream),
-                checkpoint=folder,
-                resume=resume,
-                force=force,
-                progress=not quiet,
-                **settings,
-            )
-            write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
-            if save_model is not None:
-                analysis.pipeline.save(save_model)
-    except (TrainingInterrupted, OutputError) as error:
-        if any(folder.glob(SAVED)):
-            again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
-            error.add_note(f"To go on: {again}")
-        else:
+    with _held(folder, keep=checkpoint is not None):
+        try:
+            with _told():
+                analysis = analyse(
+                    cells,
+                    on_disk=_on_disk(cells, stream),
+                    checkpoint=folder,
+                    resume=resume,
+                    force=force,
+                    progress=not quiet,
+                    **settings,
+                )
+                write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+                if save_model is not None:
+                    analysis.pipeline.save(save_model)
+        except (TrainingInterrupted, OutputError) as error:
+            if any(folder.glob(SAVED)):
+                again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
+                error.add_note(f"To go on: {again}")
+            else:
+                forget(folder)
+            raise
+        if checkpoint is None:
             forget(folder)
-        raise
-    if checkpoint is None:
-        forget(folder)
     _conclude(analysis, [output] if save_model is None else [output, save_model], figures)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, *, keep: bool) -> Iterator[None]:
+    """Makes `folder` and keeps other runs from it: a lock that ends with the process, however it ends."""
+    _make(folder)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            msg = f"is in use by another run; {folder}; wait for its end, or choose another output"
+            raise OutputError(msg) from error
+        except OSError:  # some network disks know no locks
+            pass
+        try:
+            yield
+        finally:
+            if not keep:
+                with contextlib.suppress(OSError):  # it holds a checkpoint
+                    folder.rmdir()
+    finally:
+        os.close(place)
 
 
 def _check_places(cells: Path, output: Path, figures: Path | None, *, force: bool) -> None:

@@ -82,6 +82,14 @@ def test_cold_clusters_are_hard():
     assert soft.max(1).mean() < memberships.max(1).mean()
 
 
+def test_memberships_are_probabilities_and_one_cluster_takes_all():
+    data, _ = cells()
+    for n_clusters in (1, 4):
+        memberships = np.asarray(make(n_clusters=n_clusters).apply(data)[0]["cluster_assignments"])
+        assert (memberships >= 0).all()
+        np.testing.assert_allclose(memberships.sum(1), 1, atol=1e-5)
+
+
 def test_clusters_hold_every_batch_evenly_when_theta_is_large():
     """The penalty is the entropy of the batches within a cluster: it moves memberships, not cells."""
     data, _ = cells(n=300)

@@ -47,6 +47,14 @@ def test_rows_sum_to_one_and_sharpen_as_it_cools(blobs):
     assert cool.max(1).mean() > warm.max(1).mean()
 
 
+def test_one_cluster_takes_all_and_labels_are_in_range(blobs):
+    out = make(n_clusters=1, n_features=5).apply({"embeddings": blobs[0]})[0]
+    np.testing.assert_array_equal(out["cluster_assignments"], 1)
+    np.testing.assert_array_equal(out["cluster_labels"], 0)
+    labels = make(n_clusters=9, n_features=5).apply({"embeddings": blobs[0]})[0]["cluster_labels"]
+    assert set(np.unique(labels)) <= set(range(9))
+
+
 def test_a_minimum_of_the_cold_objective_is_a_fixed_point_of_lloyd(blobs):
     cells, truth = blobs
     op = make(n_clusters=4, n_features=5, temperature=0.05)

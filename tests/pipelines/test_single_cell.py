@@ -143,6 +143,17 @@ def test_cells_are_treated_one_by_one(fitted):
         np.testing.assert_allclose(chunked[key], whole[key], rtol=1e-4, atol=1e-4, err_msg=key)
 
 
+def test_cells_and_genes_without_counts_stay_finite_and_cells_of_zeros_stay_zero(fitted):
+    pipeline, data, _, _ = fitted
+    data = dense(data)
+    hard = {**data, "counts": data["counts"].at[jnp.array([4, 17])].set(0).at[:, 3].set(0)}
+    result = pipeline.apply(hard, {}, None)[0]
+    for key in pipeline.provided():
+        assert jnp.isfinite(result[key]).all(), key
+    np.testing.assert_array_equal(result["decontaminated_counts"][jnp.array([4, 17])], 0)
+    np.testing.assert_array_equal(result["decontaminated_counts"][:, 3], 0)
+
+
 def test_save_and_load_give_the_same_bits(fitted, tmp_path):
     pipeline, data, _, _ = fitted
     again = Operator.load(pipeline.save(tmp_path / "model"))

@@ -73,6 +73,22 @@ def test_clusters_without_cells_are_noted():
     assert fine.notes == []
 
 
+@pytest.mark.parametrize(("shift", "noted"), [(0.0, False), (2.0, False), (50.0, True)])
+def test_batches_that_stay_apart_are_noted(shift, noted):
+    rng = np.random.default_rng(0)
+    batches = np.arange(400) % 2
+    embedding = (rng.normal(size=(400, 5)) + shift * batches[:, None] * [1, 0, 0, 0, 0]).astype(np.float32)
+    analysis = Analysis(None, None, None, {"warnings": np.array([])})
+    analysis._look_for_unmixed(embedding, batches)
+    assert bool(analysis.notes) == bool(len(analysis.record["warnings"])) == noted
+    if noted:
+        (note,) = analysis.notes
+        assert "stay apart after the correction: 0.0% of the neighbours of a cell are of another batch" in note
+        assert "it would be 50%" in note
+    for few in (1, 2):
+        analysis._look_for_unmixed(embedding[:few], batches[:few])
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_layer_that_is_not_there(tmp_path, on_disk):
     adata = toy_cells()

@@ -13,11 +13,15 @@ from ..data.source import Source
 from ..data.write import RowStream, add_results
 from ..errors import DataWarning
 from ..history import History
-from .inference import apply_in_chunks, joined
+from ..math.neighbors import knn
+from .inference import apply_in_chunks, column, joined
 from .single_cell import SingleCellPipeline
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+LOOKED_AT = 5_000  # cells at most, to tell whether batches mix
+UNMIXED = 0.05  # share of the neighbours in other batches, relative to that of cells in any order
 
 
 @dataclasses.dataclass
@@ -63,6 +67,8 @@ class Analysis:
         if "cluster_assignments" in arrays:
             self._score(arrays["cluster_assignments"])
             self._look_for_small(arrays["cluster_assignments"])
+        if "corrected_embeddings" in arrays:
+            self._look_for_unmixed(arrays["corrected_embeddings"], column(source, "batch_labels"))
         if ambient is not None:
             found = joined(apply_in_chunks(ambient, source, ["contamination_fraction"]))
             results[f"obs/{slots.AMBIENT_FRACTION}"] = found["contamination_fraction"]
@@ -127,8 +133,27 @@ class Analysis:
         sizes = np.bincount(assignments.argmax(axis=1), minlength=n_clusters)
         n_small = int((sizes < 2).sum())
         if n_small and n_cells > 1:
-            self.notes = [f"{n_small} of {n_clusters} clusters have less than 2 cells; ask for fewer (n_clusters)"]
-            self.record["warnings"] = plain(list(dict.fromkeys([*map(str, self.record["warnings"]), *self.notes])))
+            self._note(f"{n_small} of {n_clusters} clusters have less than 2 cells; ask for fewer (n_clusters)")
+
+    def _look_for_unmixed(self, embedding: np.ndarray, batches: np.ndarray) -> None:
+        """Notes batches whose cells have hardly a neighbour in another batch, as if nothing had been corrected."""
+        some = np.random.default_rng(0).permutation(len(batches))[:LOOKED_AT]
+        embedding, batches = embedding[some], batches[some]
+        mixed = 1 - ((np.bincount(batches) / len(batches)) ** 2).sum()
+        if len(batches) < 2 or mixed == 0:
+            return
+        near = knn(embedding, min(15, len(batches) - 1)).indices
+        share = float((batches[near] != batches[:, None]).mean())
+        if share < UNMIXED * mixed:
+            self._note(
+                f"the batches stay apart after the correction: {share:.1%} of the neighbours of a cell are of another "
+                f"batch, where all were mixed it would be {mixed:.0%}; if the batches hold the same kinds of cells, "
+                "clusters do not compare across them"
+            )
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
+        self.record["warnings"] = plain(list(dict.fromkeys([*map(str, self.record["warnings"]), note])))
 
     def _layer(self, key: str) -> RowStream:
         present = self.prepared.present

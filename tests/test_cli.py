@@ -153,6 +153,14 @@ def test_files_that_are_not_there_or_something_else(capsys, tmp_path, out):
     )
 
 
+def test_what_cannot_be_streamed_says_so(capsys, tmp_path, out):
+    (tmp_path / "10x").mkdir()
+    for name in ("matrix.mtx", "barcodes.tsv", "genes.tsv"):
+        (tmp_path / "10x" / name).write_text("%%MatrixMarket matrix coordinate integer general\n")
+    said = failed(capsys, ["run", tmp_path / "10x", "-o", out, "--stream"], 2)
+    assert "--stream: a 10x_mtx file is read whole; leave the option out, or save it as .h5ad first" in said
+
+
 def nan(counts):
     counts[3, 4] = np.nan
     return counts
@@ -558,6 +566,21 @@ def test_a_signal_outside_training_tells_how_to_go_on(capsys, tmp_path, cells, o
     monkeypatch.setattr("diffbio.data.write.write_results", stopped)
     said = failed(capsys, ["run", cells, "-o", out, "--config", str(tmp_path / "run.yaml"), "--quiet"], code)
     assert "nothing was written. To go on: diffbio " in said
+    assert any(tmp_path.glob("*.checkpoint/*/model.json"))
+
+
+def test_after_divergence_other_settings_can_go_on(capsys, tmp_path, cells, out, monkeypatch):
+    (tmp_path / "run.yaml").write_text(ONE_STAGE.replace("max_epochs: 400", "max_epochs: 1"))
+
+    def diverged(*args, **kwargs):
+        msg = "Lower learning_rate"
+        raise TrainingDivergedError(msg)
+
+    monkeypatch.setattr("diffbio.data.write.write_results", diverged)
+    arguments = ["run", str(cells), "-o", str(out), "--config", str(tmp_path / "run.yaml"), "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["diffbio", *arguments])
+    said = failed(capsys, arguments, 7)
+    assert said.endswith(f"Lower learning_rate. To go on: diffbio {shlex.join(arguments)} --resume --force")
     assert any(tmp_path.glob("*.checkpoint/*/model.json"))
 
 

@@ -351,7 +351,7 @@ def _run(
     if resume and not any(folder.glob(SAVED)):
         msg = f"no checkpoint to go on from; {folder}; leave out --resume, or name its folder with --checkpoint"
         raise ModelFileError(msg)
-    from .errors import TrainingInterrupted
+    from .errors import TrainingDivergedError, TrainingInterrupted
     from .pipelines.run import analyse, sorted_out
     from .pipelines.stages import forget
 
@@ -371,9 +371,11 @@ def _run(
                 write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
                 if save_model is not None:
                     analysis.pipeline.save(save_model)
-        except (TrainingInterrupted, OutputError) as error:
+        except (TrainingInterrupted, OutputError, TrainingDivergedError) as error:
             if any(folder.glob(SAVED)):
-                again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
+                # what diverged needs other settings, which a checkpoint takes only with --force
+                options = ["--resume", "--force"] if isinstance(error, TrainingDivergedError) else ["--resume"]
+                again = shlex.join(["diffbio", *(a for a in sys.argv[1:] if a not in options), *options])
                 error.add_note(f"To go on: {again}")
             else:
                 forget(folder)
@@ -439,8 +441,12 @@ def _check_model(folder: Path, *, force: bool) -> None:
 
 def _on_disk(cells: Path, stream: bool | None) -> bool:  # noqa: FBT001
     """Whether the counts stay in the file: as told, else if they are large."""
+    from .data.guard import sniff
     from .data.tables import should_stream
 
+    if stream and (kind := sniff(cells)) not in ("h5ad", "zarr"):
+        msg = f"--stream: a {kind} file is read whole; leave the option out, or save it as .h5ad first; {cells}"
+        raise ConfigError(msg)
     if stream is not None:
         return stream
     if large := should_stream(cells):

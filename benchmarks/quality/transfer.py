@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.peers.run_transfer import DATA, LAYERS
+from benchmarks.quality import integration_data
 from benchmarks.quality.count_models import REPO, RESULTS, Data, load, scores
 
 PEER_PYTHON = REPO / "benchmarks" / "envs" / "scvi" / "bin" / "python"
@@ -115,7 +116,7 @@ def main() -> int:
         chosen = ["--batches", *map(str, args.batches), "--settings", *args.settings]
         command = [str(PEER_PYTHON), "-m", "benchmarks.peers.run_transfer", *chosen]
         subprocess.run([*command, "--seeds", *map(str, args.seeds)], cwd=REPO, check=True)
-    data = load(DATA)
+    data, names = load(DATA), integration_data.load(DATA).batch_names
     if not args.stored:
         for seed in args.seeds:
             for settings in args.settings:
@@ -136,7 +137,7 @@ def main() -> int:
             verdict = ("met" if met else "NOT met") if all(sides) else "not measured"
             times = [f"{s['reference_cpu_s']:.0f} + {s['query_cpu_s']:.0f}" if s else "-" for s in sides]
             cells = [*map(_cell, sides), *(_cell(simple[batch][key]) for key in ("lr_pca", "knn_pca")), *times]
-            print(f"| {batch} | {settings} | {sides[0].get('n', 0)} | {' | '.join(cells)} | {verdict} |")
+            print(f"| {names[batch]} | {settings} | {sides[0].get('n', 0)} | {' | '.join(cells)} | {verdict} |")
     return int(not all(verdicts))
 
 
@@ -148,7 +149,8 @@ def _mean(path: Any, batch: int, settings: str, seeds: list[int]) -> dict[str, f
     # the seeds that both sides have, or where one has none, those of the other
     shared = [seed for seed in seeds if all(seed in d for d in done)] or seeds
     rows = [row for seed, row in done[path == PEER].items() if seed in shared]
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} | {"n": len(rows)} if rows else {}
+    keys = [key for key in rows[0] if key not in ("batch", "settings", "seed")] if rows else []
+    return {key: float(np.mean([row[key] for row in rows])) for key in keys} | ({"n": len(rows)} if rows else {})
 
 
 def _cell(row: dict[str, float]) -> str:

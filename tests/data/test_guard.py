@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from diffbio.data import as_source, guard, probe, read, write_results
-from diffbio.errors import DeviceMemoryError, InputFileError
+from diffbio.errors import DataWarning, DeviceMemoryError, InputFileError
 
 
 def refused(path, said, error=InputFileError):
@@ -304,6 +304,63 @@ def test_flipped_bits(h5ad):
     assert printed.count("refused") > 0
     assert printed.count("read") > 0
     assert printed.count("refused") + printed.count("read") == 40
+
+
+SILENT = """
+import sys, warnings
+import numpy as np
+import pandas as pd
+from diffbio.data import read, write_results
+from diffbio.errors import DataWarning, DiffBioError
+whole, path = sys.argv[1], sys.argv[1] + ".flipped.h5ad"
+content, wanted = open(whole, "rb").read(), read(whole)
+def same(found):
+    pd.testing.assert_frame_equal(found.obs, wanted.obs)
+    pd.testing.assert_frame_equal(found.var, wanted.var)
+    for slot in ("obsm", "layers", "uns"):
+        assert set(getattr(found, slot)) == set(getattr(wanted, slot)), slot
+    np.testing.assert_array_equal(found.X.toarray(), wanted.X.toarray())
+    np.testing.assert_array_equal(found.obsm["X_diffbio_umap"], wanted.obsm["X_diffbio_umap"])
+    assert found.uns["diffbio"] == wanted.uns["diffbio"]
+for seed in range(int(sys.argv[2])):
+    rng = np.random.default_rng(seed)
+    flipped = bytearray(content)
+    flipped[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    open(path, "wb").write(flipped)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found = read(path)
+        except DiffBioError:
+            print("refused")
+            continue
+    if any(issubclass(w.category, DataWarning) for w in told):
+        print("warned")
+        continue
+    same(found)
+    print("same")
+"""
+
+
+def test_no_flipped_bit_of_our_own_files_goes_unseen(tmp_path, small):
+    result = {"obsm/X_diffbio_umap": np.ones((small.n_obs, 2), np.float32), "uns/diffbio": {"note": "some text"}}
+    path = write_results(small, tmp_path / "own.h5ad", result)
+    child = [sys.executable, "-c", SILENT, str(path), "30"]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\n") == 60
+    assert done.stdout.count("refused") > 0
+
+
+def test_names_changed_by_another_program_are_told(tmp_path, small):
+    path = write_results(small, tmp_path / "own.h5ad", {})
+    read(path)
+    with h5py.File(path, "r+") as file:
+        file["obs"].attrs["note"] = "mine"
+    with pytest.warns(DataWarning, match="names in it are not those that diffbio wrote"):
+        read(path)
+    write_results(path, tmp_path / "again.h5ad", {})
+    read(tmp_path / "again.h5ad")
 
 
 LIKE_LIBHDF5 = """

@@ -22,6 +22,7 @@ from .guard import (
     sniff,
 )
 from .matrix import check_columns, check_indptr
+from .names_digest import check_seal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,8 +88,11 @@ def _read_h5ad(path: Path, *, backed: bool = False) -> AnnData:
 
     check_h5ad(path, backed=backed)
     try:
+        check_seal(path)
         with quiet():
             adata = read_h5ad(path, backed="r" if backed else None)
+    except Warning:  # where the user turned warnings into errors
+        raise
     except Exception as error:
         msg = f"is damaged: it cannot be read as h5ad; {path}; make a fresh copy"
         raise InputFileError(msg) from error

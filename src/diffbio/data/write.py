@@ -17,6 +17,7 @@ from ..scratch import ASIDE, remove, remove_stale, scratch_beside
 from .disk import opened_for_writing
 from .guard import sniff, trust
 from .matrix import frame_length
+from .names_digest import seal
 from .plain import plain, to_numpy
 from .read import quiet, read
 from .stream import RowStream, write_stream
@@ -129,6 +130,8 @@ def write_results(
                 _check_length(place, value, lengths)
                 _add(store, place, value, check)
                 check()
+            if path.suffix == ".h5ad":
+                seal(store)
         if path.suffix == ".h5ad":
             _sync(scratch)
             scratch.replace(path)

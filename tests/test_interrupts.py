@@ -8,16 +8,18 @@ import pytest
 from diffbio.interrupts import Interrupts
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def sigterm():
-    """SIGTERM raises, as on the command line."""
+    """SIGTERM raises, as on the command line, and SIGINT does even where a shell started the tests with `&`."""
 
     def stop(*_):
         raise SystemExit
 
-    before = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield stop
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}

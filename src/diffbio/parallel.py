@@ -7,6 +7,7 @@ are those of the whole minibatch, and the loss curve is that of one device but f
 
 import atexit
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import ConfigError, DataWarning, ProcessLostError
+from .math.sparse import SparseRows, blocks_in_turn
 
 type Devices = int | Sequence[jax.Device] | None
 
@@ -54,6 +56,12 @@ def batch_of(source: Any, rows: np.ndarray) -> Mapping[str, Any]:
     return taken
 
 
+def parts_of(source: Any, rows: np.ndarray) -> list[Part]:
+    """What a batch of `source` is made of."""
+    parts: list[Part] = source.parts(rows) if hasattr(source, "parts") else [Part("", source, rows, {})]
+    return parts
+
+
 class OneDevice:
     """Training where JAX computes by default: nothing is split or placed, and nobody else is asked."""
 
@@ -69,8 +77,19 @@ class OneDevice:
         return tree
 
     def batch(self, source: Any, rows: np.ndarray) -> Mapping[str, Any]:
-        """The cells `rows`, on their devices."""
-        return batch_of(source, rows)
+        """The cells `rows`, on their devices; many cells in memory come in blocks for a CPU to take in turn."""
+        cut = blocks_in_turn(len(rows)) > 1 and jax.default_backend() == "cpu" and not getattr(source, "on_disk", False)
+        if not cut:
+            return batch_of(source, rows)
+        batch: dict[str, Any] = {}
+        for prefix, beneath, cells, fixed in parts_of(source, rows):
+            n_blocks = blocks_in_turn(len(cells))
+            whole = n_blocks == 1 or not hasattr(beneath, "take_blocks")
+            taken = batch_of(beneath, cells) if whole else beneath.take_blocks(cells, n_blocks, range(n_blocks))
+            for key, value in {**taken, **fixed}.items():
+                blocks = isinstance(value, SparseRows) and not whole
+                batch[prefix + key] = dataclasses.replace(value, in_turn=True) if blocks else value
+        return batch
 
     def agree(self, identity: Mapping[str, Any], tree: Any) -> None:
         """Refuses to train together what is not the same.
@@ -135,8 +154,7 @@ class ManyDevices(OneDevice):
         one device.
         """
         batch: dict[str, Any] = {}
-        parts = source.parts(rows) if hasattr(source, "parts") else [Part("", source, rows, {})]
-        for prefix, beneath, cells, fixed in parts:
+        for prefix, beneath, cells, fixed in parts_of(source, rows):
             if len(cells) % self.n:
                 taken, own, sharding = beneath.take(cells), slice(None), self.everywhere
             else:

@@ -148,9 +148,12 @@ class Clock:
 
 
 class Program(NamedTuple):
-    """The two compiled functions and how to put a model together again."""
+    """The two compiled functions and what they report.
 
-    step: Callable[[Carry, Batch, Any], Carry]
+    step: from the leaves of a carry to those of the next, and the steps skipped in a row.
+    """
+
+    step: Callable[[list[Any], Batch, Any], tuple[list[Any], jax.Array]]
     evaluate: Callable[[Any, Any, Batch, dict[str, jax.Array]], dict[str, jax.Array]]
     metrics: tuple[str, ...]
 
@@ -227,21 +230,23 @@ def train(
             batches = orders.order(np.random.default_rng([settings.seed, clock.epoch]), n)
             started, first = time.perf_counter(), clock.step
             waiting: list[jax.Array] = []
+            leaves, structure = jax.tree.flatten(carry)  # once an epoch: of a carry it takes a millisecond
             with batches_of(batches[first:]) as taken:
                 for batch in taken:
                     epoch = np.float32(clock.epoch + clock.step / len(batches))
-                    carry = program.step(carry, batch, epoch)
+                    leaves, bad_run = program.step(leaves, batch, epoch)
                     clock.step += 1
-                    waiting.append(carry.bad_run + 0)
+                    waiting.append(bad_run)
                     if len(waiting) > STEPS_AHEAD:
                         waiting.pop(0).block_until_ready()
                     shown.step(clock.epoch, clock.step, len(batches), n)
                     asked = layout.asked(interrupts.signal)
                     if asked is not None:
-                        interrupts.signal = asked
+                        interrupts.signal, carry = asked, jax.tree.unflatten(structure, leaves)
                         save()
                         finish(best if clock.best_epoch >= 0 else (carry.params, carry.rest))
                         raise interrupts.error(checkpoint)
+            carry = jax.tree.unflatten(structure, leaves)
             row = layout.told(_row(carry.sums, program.metrics))
             if int(carry.bad_run) >= settings.max_bad_steps or row["good_steps"] == 0:
                 finish(best)
@@ -378,7 +383,14 @@ def compile_program(
 
     shapes = jax.eval_shape(lambda b: loss_of(graph_train, params, rest, b, np.float32(0)), probe)
     names = tuple(shapes[1][0])
-    return Program(jax.jit(step, donate_argnums=0, **layout.jit), jax.jit(evaluate, **layout.jit), names)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    structure = jax.tree.structure(Carry(params, rest, opt_state, _zeros(names), jnp.zeros((), int)))
+
+    def flat_step(leaves: list[Any], batch: Batch, epoch: Any) -> tuple[list[Any], jax.Array]:
+        carry = step(jax.tree.unflatten(structure, leaves), batch, epoch)
+        return jax.tree.leaves(carry), carry.bad_run
+
+    return Program(jax.jit(flat_step, donate_argnums=0, **layout.jit), jax.jit(evaluate, **layout.jit), names)
 
 
 def dense_on_device(batch: Batch, *, keep: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,8 +42,8 @@ def test_loss_is_the_negative_elbo_at_the_mean_in_eval_mode():
     q = model.encode(COUNTS)
     p = model.decode(q.mean, jnp.log(LIBRARY))
     expected = -nb_log_prob(COUNTS, p.log_rate, p.log_theta).sum(-1)
-    np.testing.assert_allclose(reconstruction, expected, rtol=1e-5)
-    np.testing.assert_allclose(kl, gaussian_kl(q.mean, q.logvar), rtol=1e-6)
+    np.testing.assert_allclose(reconstruction, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(kl, gaussian_kl(q.mean, q.logvar).mean(), rtol=1e-6)
 
 
 def test_samples_have_the_encoders_mean_and_variance_in_train_mode():
@@ -67,7 +69,7 @@ def test_dispersion(dispersion):
         np.testing.assert_allclose(unknown[0], jnp.arange(18.0).reshape(3, 6).mean(0))
     theta = model.decode(jnp.zeros((9, 2)), jnp.zeros(9), batch, groups=batch).log_theta
     assert theta.shape == ((6,) if dispersion == "gene" else (9, 6))
-    assert jnp.isfinite(model.loss(COUNTS, LIBRARY, batch)[0]).all()
+    assert jnp.isfinite(model.loss(COUNTS, LIBRARY, batch)[0])
 
 
 def test_batch_reaches_the_decoder_and_not_the_encoder():
@@ -123,11 +125,14 @@ def test_sparse_counts_give_the_loss_and_gradients_of_dense_ones(likelihood, dis
     graph, params, rest = nnx.split(vae, nnx.Param, ...)
 
     def loss(params, x):
-        return sum(part.sum() for part in nnx.merge(graph, params, rest).loss(x, dense.sum(-1), batch))
+        return 12 * sum(nnx.merge(graph, params, rest).loss(x, dense.sum(-1), batch))
 
-    results = [jax.value_and_grad(loss)(params, x) for x in (dense, entries)]
-    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    blocks = ArraySource({"counts": counts}).take_blocks(rows, 3, range(3))["counts"]
+    in_turn = jax.device_put(dataclasses.replace(blocks, in_turn=True))
+    np.testing.assert_array_equal(in_turn.dense(), dense)
+    expected, *found = [jax.value_and_grad(loss)(params, x) for x in (dense, entries, in_turn)]
+    for got in found:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
 def test_continuous_covariates_reach_the_decoder_and_on_request_the_encoders():

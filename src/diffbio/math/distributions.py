@@ -138,26 +138,39 @@ def zinb_log_prob_of_zero(
     log_mu: Float[Array, "*#shape"], log_theta: Float[Array, "*#shape"], pi_logit: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
     """Log of pi + (1 - pi) NB(0 | mu, theta), with pi = sigmoid(pi_logit)."""
-    log_odds = -jnp.exp(log_theta) * _log1p_exp(log_mu - log_theta) - pi_logit
-    return _unfused(pi_logit + _softplus(log_odds) - _softplus(pi_logit))
+    return _zinb_zero(log_mu, log_theta, pi_logit)[0]
 
 
 def _zinb_zero_jvp(primals: Any, tangents: Any) -> Any:
     log_mu, log_theta, pi_logit = primals
-    theta = jnp.exp(log_theta)
-    excess, share = _log1p_exp(log_mu - log_theta), _share(log_mu - log_theta)
-    log_odds = -theta * excess - pi_logit
-    weight = _share(log_odds)  # posterior probability that the NB gave this zero
+    value, (theta, odds, excess, nb_zero, extra_odds) = _zinb_zero(log_mu, log_theta, pi_logit)
+    weight = nb_zero / (extra_odds + nb_zero)  # posterior probability that the NB gave this zero
+    share = odds / (1.0 + odds)
     slopes = (
         lambda: -weight * theta * share,
         lambda: weight * theta * (share - excess),
-        lambda: (1.0 - weight) - _share(pi_logit),
+        lambda: (1.0 - weight) - extra_odds / (1.0 + extra_odds),
     )
-    value = pi_logit + _softplus(log_odds) - _softplus(pi_logit)
-    return _unfused(value), _tangent(slopes, tangents, like=value)
+    return value, _tangent(slopes, tangents, like=value)
 
 
 zinb_log_prob_of_zero.defjvp(_zinb_zero_jvp, symbolic_zeros=True)
+
+
+def _zinb_zero(
+    log_mu: jax.Array, log_theta: jax.Array, pi_logit: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The value, by three exponentials and two logarithms, and what the slopes can take over from it.
+
+    Each in its own pass: XLA does not vectorise a long chain of them.
+    """
+    theta = jnp.exp(log_theta)
+    odds = _unfused(_capped_exp(log_mu - log_theta))
+    excess = _unfused(_log1p(odds))
+    nb_zero = _unfused(jnp.exp(-theta * excess))
+    extra_odds = _unfused(_capped_exp(pi_logit))
+    value = _unfused(jnp.log((extra_odds + nb_zero) / (1.0 + extra_odds)))
+    return value, (theta, odds, excess, nb_zero, extra_odds)
 
 
 def gaussian_kl(
@@ -195,13 +208,19 @@ def _zinb(x: jax.Array, log_mu: jax.Array, log_theta: jax.Array, pi_logit: jax.A
 def _log1p_exp(x: jax.Array) -> jax.Array:
     # jax.nn.softplus takes four times as long, by what it does for infinities
     capped = jnp.minimum(x, LARGEST_EXPONENT)
-    return jnp.log1p(jnp.exp(capped)) + (x - capped)
+    return _log1p(jnp.exp(capped)) + (x - capped)
 
 
-def _softplus(x: jax.Array) -> jax.Array:
-    """As `_log1p_exp`, to an absolute precision only (not relative, where the result is tiny); twice as fast."""
-    capped = jnp.minimum(x, LARGEST_EXPONENT)
-    return jnp.log(1.0 + jnp.exp(capped)) + (x - capped)
+def _capped_exp(x: jax.Array) -> jax.Array:
+    """Neither infinite nor 0."""
+    return jnp.exp(jnp.clip(x, -LARGEST_EXPONENT, LARGEST_EXPONENT))
+
+
+def _log1p(x: jax.Array) -> jax.Array:
+    """Log(1 + x) for x >= 0 to the last digits: what 1 + x rounds off is scaled back (Kahan); half of log1p's time."""
+    rounded = 1.0 + x
+    kept = rounded - 1.0
+    return jnp.where(kept > 0, jnp.log(rounded) * (x / jnp.where(kept > 0, kept, 1.0)), x)
 
 
 def _share(log_odds: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ with q(z | x) a Gaussian whose mean and variance a network reads off log(1 + x).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..errors import DataError
+from ..math.blocks import sum_in_blocks
 from ..math.distributions import (
     gaussian_kl,
     nb_log_prob,
@@ -155,7 +156,15 @@ class Decoder(nnx.Module):
         groups: Float[Array, "cells groups"] | None = None,
     ) -> CountDistribution:
         """Decodes. groups: one row of weights (one-hot) for the dispersion 'gene-group'."""
-        h = self.network(z, covariates)
+        return self.heads(self.network(z, covariates), log_library, groups)
+
+    def heads(
+        self,
+        h: Float[Array, "cells hidden"],
+        log_library: Float[Array, "cells"],
+        groups: Float[Array, "cells groups"] | None = None,
+    ) -> CountDistribution:
+        """From the last hidden layer to the distribution, of every cell by itself."""
         # the barrier keeps XLA from fusing the matrix product with the softmax's maximum, which runs it twice
         scores = jax.lax.optimization_barrier(self.fraction(h))
         log_fraction = jax.nn.log_softmax(scores, axis=-1) if self.scale == "softmax" else _log_softplus(scores)
@@ -290,19 +299,50 @@ class CountVAE(nnx.Module):
         z = z if continuous is None else jnp.concatenate([z, continuous.astype(z.dtype)], axis=-1)
         return self.decoder(z, log_library, injected, groups)
 
+    def mean_log_prob(
+        self,
+        counts: Float[Array, "cells genes"] | SparseRows,
+        z: Float[Array, "cells latent"],
+        log_library: Float[Array, "cells"],
+        injected: Float[Array, "cells injected"] | None = None,
+        continuous: Float[Array, "cells continuous"] | None = None,
+        groups: Float[Array, "cells groups"] | None = None,
+    ) -> Float[Array, ""]:
+        """Log p(counts | z, library, covariates), mean over cells; the arguments are those of `decode`.
+
+        Of counts in blocks that come in turn, arrays of (cells, genes) exist for one block at a time.
+        """
+        decoder = self.decoder
+        if not (isinstance(counts, SparseRows) and counts.in_turn):
+            p = self.decode(z, log_library, injected, continuous, groups)
+            return count_log_prob(decoder.likelihood, counts, p).mean()
+        z = z if continuous is None else jnp.concatenate([z, continuous.astype(z.dtype)], axis=-1)
+        h = decoder.network(z, injected)  # batch norm is over all cells
+        parts: tuple[Any, ...] = nnx.split(decoder, nnx.Param, ...)
+        graph, params, rest = parts
+
+        def log_prob(params: Any, block: Any) -> Float[Array, ""]:
+            counts, h, log_library, groups = block
+            p = nnx.merge(graph, params, rest).heads(h, log_library, groups)
+            return count_log_prob(decoder.likelihood, counts, p).sum()
+
+        blocks = counts.blocks()
+        cut = (None if x is None else x.reshape(-1, blocks.shape[0], *x.shape[1:]) for x in (h, log_library, groups))
+        return sum_in_blocks(log_prob, params, (blocks, *cut)) / h.shape[0]
+
     def loss(
         self,
         counts: Float[Array, "cells genes"] | SparseRows,
         library: Float[Array, "cells"],
         injected: Float[Array, "cells injected"] | None = None,
-    ) -> tuple[Float[Array, "cells"], Float[Array, "cells"]]:
-        """-log p(counts | z) and KL(q(z | counts) || N(0, I)) of every cell, in nats; their sum: -ELBO.
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """-log p(counts | z) and KL(q(z | counts) || N(0, I)), means over cells, in nats; their sum: -ELBO.
 
         The library is observed. Sparse counts cost less, and have no gradient by the counts where these are 0.
         """
         q = self.encode(counts, injected)
-        p = self.decode(self.sample(q), log_positive(library), injected, groups=injected)
-        return -count_log_prob(self.decoder.likelihood, counts, p), gaussian_kl(q.mean, q.logvar)
+        log_prob = self.mean_log_prob(counts, self.sample(q), log_positive(library), injected, groups=injected)
+        return -log_prob, gaussian_kl(q.mean, q.logvar).mean()
 
     def start_from(self, counts: np.ndarray, library: np.ndarray) -> None:
         """Starts the output at the mean gene fractions and, by moments, theta: saves the first epochs.

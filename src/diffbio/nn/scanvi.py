@@ -18,7 +18,7 @@ from ..math.distributions import gaussian_kl
 from .class_fit import fit_classes
 from .count_vae import Encoder, Gaussian
 from .mlp import MLP
-from .scvi import SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
+from .scvi import COVARIATES, SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
 
 LOG_2PI = 1.8378770664093453
 NORMS = {"batch_norm": "both", "layer_norm": "none"}  # where SCVI has them
@@ -231,8 +231,8 @@ class SCANVI(SCVI):
         """
         found = forward_arguments(data)
         prior = {name: found.pop(name, None) for name in ("local_l_mean", "local_l_var")}
-        given = tuple(found.get(name) for name in ("batch_index", "y", "cat_covs", "cont_covs", "size_factor"))
-        bound, drawn, known_weight = self.bound(data["counts"], given, None)
+        given = tuple(found.get(name) for name in COVARIATES)
+        bound, drawn, known_weight = self.bound(data["counts"], given, None, mean=True)
         kl_library = self.kl_library(drawn, prior["local_l_mean"], prior["local_l_var"])
         if "labelled_counts" in data:
             own = {k.removeprefix("labelled_"): v for k, v in data.items() if k.startswith("labelled_")}
@@ -261,7 +261,7 @@ class SCANVI(SCVI):
     sparse_keys = frozenset({"counts", "labelled_counts"})
 
     def bound(
-        self, x: Counts, arguments: tuple[Array | None, ...], key: jax.Array | None
+        self, x: Counts, arguments: tuple[Array | None, ...], key: jax.Array | None, *, mean: bool = False
     ) -> tuple[Bound, Drawn, Float[Array, "cells"]]:
         """The negative evidence bound of every cell, the draw it was taken at, and 1 for labelled cells.
 
@@ -269,6 +269,7 @@ class SCANVI(SCVI):
         averaged with q(c | z), and KL(q(c | z) || y_prior) is paid. With a dispersion by type, log p(x | z, c) is
         one of these terms: the counts have the likelihood of every type in turn.
         arguments: (batch_index, y, cat_covs, cont_covs, size_factor), as of `forward`.
+        mean: -log p(x | z) is the mean over cells, which costs less where counts come in blocks.
         """
         for_z, for_u = two_keys(key)
         batch_index, y, cat_covs, cont_covs, size_factor = arguments
@@ -280,6 +281,9 @@ class SCANVI(SCVI):
         q = jnp.where(is_labelled[:, None] > 0, label, jnp.exp(log_q))
         if self.dispersion == "gene-label":
             log_px = (q * self.log_prob_of_types(x, drawn, known)).sum(-1)
+            log_px = log_px.mean() if mean else log_px
+        elif mean:
+            log_px = self.mean_log_prob(x, drawn, known)
         else:
             log_px = self.log_prob(x, self.decode(drawn, known))
         log_pz, kl_u = self.class_terms(drawn.z, for_u)

@@ -344,8 +344,13 @@ class SCVI(nnx.Module):
         data: counts, and as the model needs them batch_labels, labels, cat_covs, cont_covs, size_factor,
         local_l_mean and local_l_var.
         """
-        reconstruction, kl, _ = self.forward(data["counts"], **forward_arguments(data))
-        metrics = {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
+        x, given = data["counts"], forward_arguments(data)
+        prior = [given.pop(name, None) for name in ("local_l_mean", "local_l_var")]
+        known = self.covariates(*(given.get(name) for name in COVARIATES))
+        drawn = self.draw(x, known, None)
+        kl_library = self.kl_library(drawn, *prior).mean()
+        reconstruction = kl_library - self.mean_log_prob(x, drawn, known)
+        metrics = {"reconstruction": reconstruction, "kl": gaussian_kl(*drawn.q).mean()}
         return metrics["reconstruction"] + kl_weight * metrics["kl"], metrics
 
     sparse_keys = frozenset({"counts"})
@@ -410,6 +415,11 @@ class SCVI(nnx.Module):
     def log_prob(self, x: Counts, p: CountDistribution) -> Float[Array, "cells"]:
         """Log p(x) of every cell, summed over genes."""
         return count_log_prob(self.vae.decoder.likelihood, x, p)
+
+    def mean_log_prob(self, x: Counts, drawn: Drawn, known: Covariates) -> Float[Array, ""]:
+        """Log p(x) at a draw, mean over cells; for training on counts in blocks."""
+        size = drawn.log_library if known.log_size is None else known.log_size
+        return self.vae.mean_log_prob(x, drawn.z, size, known.injected, known.continuous, known.groups)
 
     def log_prob_of_types(self, x: Counts, drawn: Drawn, known: Covariates) -> Float[Array, "cells labels"]:
         """Log p(x | z, c) of every cell under the dispersion of every cell type; only with 'gene-label'."""
@@ -495,6 +505,9 @@ def two_keys(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]
         return None, None
     first, second = jax.random.split(key)
     return first, second
+
+
+COVARIATES = ("batch_index", "y", "cat_covs", "cont_covs", "size_factor")  # arguments of `covariates`
 
 
 def forward_arguments(data: Mapping[str, Any]) -> dict[str, Any]:

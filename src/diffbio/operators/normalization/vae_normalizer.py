@@ -121,8 +121,7 @@ class VAENormalizer(Operator):
         library = inputs.get("library_size", counts.sum(-1))
         given = data["counts"] if isinstance(data["counts"], SparseRows) else counts
         reconstruction, kl = self.vae.loss(given, library, self._batch(labels))
-        metrics = {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
-        return metrics["reconstruction"] + kl_weight * metrics["kl"], metrics
+        return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
     def init_from(self, data: Data) -> None:
         """Starts the decoder at the mean gene fractions and their dispersion."""

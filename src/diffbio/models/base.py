@@ -243,12 +243,12 @@ class Model:
         if not self.is_trained:
             message = f"{type(self).__name__}: the model is not trained; call train() first"
             warnings.warn(message, DataWarning, stacklevel=4)
-        graph, state = nnx.split(self.module)
+        structure, leaves = posterior.Structure.split(self.module)
         key = jax.random.key(seed)
 
         def run(batch: Any, number: int) -> dict[str, jax.Array]:
             return posterior.evaluate(
-                graph, state, batch, jax.random.fold_in(key, number), arrays or {},
+                structure, leaves, batch, jax.random.fold_in(key, number), arrays or {},
                 function=function, options=tuple(sorted(options.items())),
             )
 

@@ -4,6 +4,7 @@ A batch holds `counts`, or, of minified cells, `qz_mean`, `qz_var` and `library`
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,10 +31,39 @@ class Posterior(NamedTuple):
     log_library: jax.Array  # (cells,): observed, or the mean of q_library
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "function", "options"))
+class Structure:
+    """What a module is beside its arrays. It is hashed and compared once, not for every chunk of cells."""
+
+    def __init__(self, parts: tuple[Any, Any]) -> None:
+        self.parts, self.hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.parts == other.parts)
+
+    @staticmethod
+    def split(module: nnx.Module) -> tuple["Structure", list[jax.Array]]:
+        """The structure of a module, the same object for all modules that are alike, and its arrays."""
+        graph, state = nnx.split(module)
+        leaves, tree = jax.tree.flatten(state)
+        structure = Structure((graph, tree))
+        return _KNOWN.setdefault(structure, structure), leaves
+
+    def merge(self, leaves: list[jax.Array]) -> Any:
+        """The module again."""
+        graph, tree = self.parts
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+_KNOWN: weakref.WeakValueDictionary[Structure, Structure] = weakref.WeakValueDictionary()
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "function", "options"))
 def evaluate(
-    graph: Any,
-    state: Any,
+    structure: Structure,
+    leaves: list[jax.Array],
     batch: Batch,
     key: jax.Array,
     arrays: Mapping[str, Any],
@@ -42,7 +72,7 @@ def evaluate(
     options: tuple[tuple[str, Any], ...],
 ) -> dict[str, jax.Array]:
     """`function(module, batch, key, **arrays, **options)`; one program for every model of a kind."""
-    module = nnx.merge(graph, state)
+    module = structure.merge(leaves)
     return function(module, dense_on_device(batch, keep=frozenset({"counts"})), key, **arrays, **dict(options))
 
 

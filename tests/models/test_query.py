@@ -102,6 +102,47 @@ def test_labels_go_to_a_new_batch_with_missing_genes(annotated, tmp_path):
     assert (model.predict() == truth).mean() > 0.9
 
 
+@pytest.fixture(scope="module")
+def two_types():
+    data = cells()[:200]
+    data = data[data.obs["cell_type"].astype(str) != "type 2"].copy()
+    data.obs["batch"] = "donor 7"
+    del data.obs["known"]
+    return data
+
+
+def test_the_classifier_adapts_to_the_new_batch_alone(annotated, two_types, tmp_path):
+    folder = annotated.save(tmp_path / "reference")
+    before = annotated.predict(soft=True)
+    model = SCANVI.load_query_data(two_types, folder)
+    plain = model.predict(soft=True)
+    own = to_numpy(model.module.classifier.by_batch)
+    model.train(max_epochs=1, progress=False)
+    np.testing.assert_array_equal(model.predict(annotated.adata, soft=True), before)
+    new = to_numpy(model.module.classifier.by_batch)
+    np.testing.assert_array_equal(new[:2], own[:2])
+    assert not own[2].any()
+    assert np.abs(new[2, -1]).min() > 0.01
+    assert not new[2, :-1].any()  # the shift of a linear classifier is an intercept
+    adapted = model.predict(soft=True)
+    assert adapted["type 2"].sum() < plain["type 2"].sum()  # no cell of the query is of this type
+    again = SCANVI.load(model.save(tmp_path / "query"), adata=two_types)
+    np.testing.assert_array_equal(again.predict(soft=True), adapted)
+    again.train(max_epochs=1, progress=False)
+    np.testing.assert_allclose(again.predict(soft=True), adapted, atol=1e-6)
+
+
+def test_the_classifier_stays_where_it_is_asked_to_or_unsure(annotated, two_types, monkeypatch):
+    model = SCANVI.load_query_data(two_types, annotated)
+    plain = model.predict(soft=True)
+    model.train(max_epochs=1, progress=False, adapt_classifier=False)
+    np.testing.assert_array_equal(model.predict(soft=True), plain)  # the encoder is not told the batch
+    monkeypatch.setattr("diffbio.nn.class_fit.LEAST_CONFIDENCE", 1.01)
+    with pytest.warns(DataWarning, match="not adapted to batch 'donor 7'"):
+        model.train(max_epochs=1, progress=False)
+    np.testing.assert_array_equal(model.predict(soft=True), plain)
+
+
 def test_too_many_missing_genes_or_another_model_are_refused(annotated, reference):
     with pytest.raises(DataError, match="12 of the model's 40 genes are missing"):
         SCVI.load_query_data(query()[:, 12:].copy(), reference)

@@ -6,8 +6,9 @@ from scipy.stats import norm
 from diffbio.errors import ConfigError, DataError, DataWarning
 from diffbio.models import SCANVI, SCVI, posterior
 from diffbio.models.base import flat_state
-from diffbio.models.calibration import best_temperature, expected_calibration_error
+from diffbio.models.calibration import expected_calibration_error
 from diffbio.models.cells import LabelledBeside
+from diffbio.nn.class_fit import best_temperature, folded_temperature
 
 from .conftest import cells
 
@@ -88,7 +89,7 @@ def test_temperature_undoes_what_was_multiplied():
 
     def loss(temperature):
         scaled = 3 * logits / temperature
-        return (logsumexp(scaled, axis=1) - scaled[np.arange(4000), labels]).mean()
+        return (logsumexp(scaled, axis=1) - scaled[np.arange(4000), labels]).sum()
 
     assert abs(best_temperature(loss) - 3) < 0.2
     assert expected_calibration_error(p, labels) < 0.03
@@ -104,7 +105,14 @@ def test_few_labels_are_all_trained_on(trained):
     model = SCANVI.from_scvi_model(trained, "Unknown", labels_key="few", adata=adata)
     model.train(max_epochs=2, batch_size=32, n_samples_per_label=3, progress=False)
     assert len(model.held_out_labels) == 0
-    assert model.temperature == 1.0
+    # calibrated by folds in the latent space of SCVI, which has not seen the labels
+    columns = model.cells().columns
+    z, labels = trained.get_latent_representation(), np.where(columns["labels"] < 3, columns["labels"], -1)
+    wanted = folded_temperature(z, labels, 3, columns["batch_labels"], 2)
+    np.testing.assert_allclose(model.temperature, wanted, rtol=1e-3)
+    assert wanted != 1.0
+    model.train(max_epochs=1, batch_size=32, progress=False)  # now the latent space has
+    np.testing.assert_allclose(model.temperature, wanted, rtol=1e-3)
     with pytest.raises(DataError, match="no labelled cells were held out"):
         model.calibration_error()
 

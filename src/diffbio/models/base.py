@@ -52,7 +52,8 @@ class Model:
     # settings of training, all in one place; those of plan_kwargs among them
     fit_defaults: ClassVar[Mapping[str, Any]]
     module_class: ClassVar[type[Module]]
-    saved_notes: ClassVar[tuple[str, ...]] = ("train_indices", "validation_indices", "test_indices")
+    saved_notes: ClassVar[tuple[str, ...]] = ("train_indices", "validation_indices", "test_indices", "new_batches")
+    handed_on: ClassVar[tuple[str, ...]] = ()  # attributes that a query's model has from its reference
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Model:
         self.validation_indices: np.ndarray | None = None
         self.test_indices: np.ndarray = np.empty(0, int)
         self.trainable: Any = None  # of a query model: which weights are new (1) or the reference's (0)
+        self.new_batches: np.ndarray = np.empty(0, int)  # and codes of the batches that the reference lacks
         self.live: tuple[str, ...] = ()  # and what of the network is not in eval mode while these are trained
         self.library_prior: tuple[np.ndarray, np.ndarray] | None = None
         self.adata: AnnData | None = None

@@ -14,12 +14,13 @@ import pandas as pd
 from ..chunks import joined
 from ..errors import ConfigError, DataError, DataWarning
 from ..history import History
+from ..nn import class_fit
 from ..nn.scanvi import SCANVI as Module
 from ..operators.base import to_numpy
 from . import posterior
 from .base import flat_state, rows_of, set_state
 from .base import setup as note_setup
-from .calibration import best_temperature, expected_calibration_error
+from .calibration import expected_calibration_error
 from .cells import LabelledBeside
 from .defaults import SCANVI_TRAINING
 from .peer import merged, refuse
@@ -60,7 +61,8 @@ class SCANVI(Queries):
 
     module_class = Module
     module: Module
-    saved_notes: ClassVar[tuple[str, ...]] = (*Queries.saved_notes, "held_out_labels", "was_pretrained")
+    handed_on: ClassVar[tuple[str, ...]] = ("type_mean", "type_precision", "type_share")
+    saved_notes: ClassVar[tuple[str, ...]] = (*Queries.saved_notes, *handed_on, "held_out_labels", "was_pretrained")
     fit_defaults: ClassVar[Mapping[str, Any]] = SCANVI_TRAINING
 
     def __init__(
@@ -104,6 +106,10 @@ class SCANVI(Queries):
         }
         self.was_pretrained = False
         self.held_out_labels = np.empty(0, int)  # rows with a known label that training has not seen
+        # where the cells of every type lie, as `nn.class_fit` has found it: what a query is compared with
+        self.type_mean: np.ndarray | None = None
+        self.type_precision: np.ndarray | None = None
+        self.type_share: np.ndarray | None = None
         super().__init__(adata, init, registry=registry, seed=seed)
 
     @classmethod
@@ -232,6 +238,7 @@ class SCANVI(Queries):
         resume: bool = False,
         progress: bool = True,
         seed: int | None = None,
+        adapt_classifier: bool = True,
         **trainer_kwargs: Any,
     ) -> History:
         """Trains the model, which ends with the weights of its best epoch, and calibrates its answers.
@@ -240,7 +247,10 @@ class SCANVI(Queries):
         labelled and the unlabelled cells (`nn.class_fit`).
         With every minibatch goes one of labelled cells, for the classifier. Labelled cells among those held out
         are not trained on and calibrate the probabilities, if they are `least_held_out_labels` at least; fewer
-        are trained on, and nothing is calibrated.
+        are trained on, and a model made by `from_scvi_model` is calibrated by leaving out a tenth of them at a time, in
+        the latent space that SCVI has learned without labels.
+        Of a query (`load_query_data`) the classifier is adapted to each new batch: to a shift of its cells, all alike,
+        and to its shares of the types (`nn.class_fit.adapt_classes`), which concerns cells of that batch alone.
 
         Args:
             max_epochs: passes over the cells at most.
@@ -266,6 +276,7 @@ class SCANVI(Queries):
             resume: goes on from it.
             progress: shown or not.
             seed: None is the model's.
+            adapt_classifier: of a query; False leaves the classifier as the reference has it.
             trainer_kwargs: see there.
 
         Raises:
@@ -274,7 +285,7 @@ class SCANVI(Queries):
             TrainingDivergedError: loss or gradient stayed NaN or infinite.
             ProcessLostError: another process of this run is gone.
         """
-        own = {"self", "n_samples_per_label", "adversarial_classifier", "checkpoint", "resume"}
+        own = {"self", "n_samples_per_label", "adversarial_classifier", "checkpoint", "resume", "adapt_classifier"}
         given = {name: value for name, value in locals().items() if name not in {*own, "own"}}
         refuse("train", {"adversarial_classifier": adversarial_classifier or None})
         if n_samples_per_label is not None and n_samples_per_label < 1:
@@ -289,15 +300,23 @@ class SCANVI(Queries):
         self.held_out_labels = np.empty(0, int)
         known = cells.columns["labels"] < len(self.registry.labels)
         known[run.test] = False
+        # its latent space has not seen labels yet, so that labelled cells tell how sure one may be of others
+        unseen = self.was_pretrained and not self.training_history.rows
+        temperature = self.temperature if self.training_history.rows else 1.0
         if known.any():  # a query may have no labels at all
             source = self._beside_labelled(cells, known, run, n_samples_per_label)
             if self.was_pretrained and self.trainable is None:
                 # a random classifier's cross entropy would push about the latent space that SCVI has learned
                 self.is_trained = True
-                self._fit_classifier(known)
+                given_cells = self._fit_classifier(known)
+                if unseen and given_cells is not None and not len(self.held_out_labels):
+                    temperature = class_fit.folded_temperature(*given_cells)
         history = self._train(source=source, run=run, checkpoint=checkpoint, resume=resume)
-        if known.any() and self.trainable is None:  # a query keeps the reference's classifier
-            self._fit_classifier(known)
+        if self.trainable is not None:  # a query keeps the reference's classifier
+            if adapt_classifier:
+                self._adapt_classifier(known)
+        elif known.any() and self._fit_classifier(known) is not None:
+            self.module.temperature.set_value(jnp.asarray(temperature))
         if len(self.held_out_labels):
             self._calibrate()
         return history
@@ -406,17 +425,60 @@ class SCANVI(Queries):
         if not self.was_pretrained:  # SCVI's decoder is better than the moments of the counts
             super()._start_from(rows, seed)
 
-    def _fit_classifier(self, known: np.ndarray) -> None:
-        """The classifier that goes best with the trained latent space; cross entropy alone overfits few labels."""
-        if self.module.classifier.network.blocks or self.module.classifier_groups is not None:
-            return
+    @property
+    def _is_linear(self) -> bool:
+        return not self.module.classifier.network.blocks and self.module.classifier_groups is None
+
+    def _fit_classifier(self, known: np.ndarray) -> tuple[Any, ...] | None:
+        """The classifier that goes best with the trained latent space; cross entropy alone overfits few labels.
+
+        Gives the arguments of `fit_classes`; None if there is nothing to fit.
+        """
         columns = self.cells().columns
         seen = known.copy()
         seen[self.held_out_labels] = False
-        if not seen.any():
-            return
+        if not self._is_linear or not seen.any():
+            return None
         z = joined(self.evaluate(posterior.latents))["mean"]
-        self.module.fit_classifier(z, np.where(seen, columns["labels"], -1), columns.get("batch_labels"))
+        labels = np.where(seen, columns["labels"], -1)
+        found = self.module.fit_classifier(z, labels, columns.get("batch_labels"))
+        self.type_mean, self.type_precision, self.type_share = found.clouds
+        n_batch = len(found.by_batch)
+        return z, labels, self.module.n_labels, columns.get("batch_labels") if n_batch else None, n_batch
+
+    def _adapt_classifier(self, known: np.ndarray) -> None:
+        """The classifier for the batches that the reference lacks; those of the reference keep theirs."""
+        own, columns = self.module.classifier.by_batch, self.cells().columns
+        frozen = not any(np.any(mask) for name, mask in self.trainable.items() if name.startswith("classifier"))
+        mean, precision, share = self.type_mean, self.type_precision, self.type_share
+        if own is None or not self._is_linear or not frozen or not len(self.new_batches):
+            return
+        if mean is None or precision is None or share is None:  # a classifier that was not fitted, but trained along
+            return
+        kernel, bias = self.module.classifier.logits.kernel, self.module.classifier.logits.bias
+        assert bias is not None
+        clouds = class_fit.TypeClouds(mean, precision, share)
+        found = class_fit.LinearClasses(to_numpy(kernel), to_numpy(bias), np.zeros(0), clouds)
+        seen = known.copy()
+        seen[self.held_out_labels] = False
+        labels = np.where(seen, columns["labels"], -1)
+        z = joined(self.evaluate(posterior.latents))["mean"]
+        by_batch = to_numpy(own).copy()
+        for code in self.new_batches:
+            rows = columns["batch_labels"] == code
+            if rows.sum() < class_fit.LEAST_CELLS:
+                continue
+            added = class_fit.adapt_classes(z[rows], found, labels[rows], temperature=self.temperature)
+            if added is None:
+                message = (
+                    f"SCANVI.train: the classifier is not adapted to batch {self.registry.batches[code]!r}: on average "
+                    f"it is below {class_fit.LEAST_CONFIDENCE:.0%} sure of its cells; are they like the reference's?"
+                )
+                warnings.warn(message, DataWarning, stacklevel=3)
+                continue
+            by_batch[code] = 0.0
+            by_batch[code, -1] = added
+        own.set_value(jnp.asarray(by_batch, own[...].dtype))
 
     def _calibrate(self) -> None:
         rows = self.held_out_labels
@@ -427,9 +489,9 @@ class SCANVI(Queries):
         @jax.jit
         def loss(temperature: jax.Array) -> jax.Array:
             log_p = posterior.log_classes(self.module, z, temperature, columns.get("batch_labels"))
-            return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+            return -jnp.take_along_axis(log_p, labels[:, None], 1).sum()
 
-        self.module.temperature.set_value(jnp.asarray(best_temperature(loss)))
+        self.module.temperature.set_value(jnp.asarray(class_fit.best_temperature(lambda t: loss(np.float32(t)))))
 
     def _module(self, seed: int) -> Module:
         init = self.init_params

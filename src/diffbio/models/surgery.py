@@ -83,6 +83,9 @@ def query_model(
         open_all = np.ones((), np.float32)
         model.trainable = {name: open_all if frozen.opens(name) else m for name, m in mask.items() if name in params}
         model.live = frozen.live
+    model.new_batches = np.arange(len(old.batches), len(new.batches))
+    for name in cls.handed_on:
+        setattr(model, name, getattr(reference, name))
     model.is_trained = reference.is_trained
     model._attach(adata)
     if reference.library_prior is not None and model.library_prior is not None:

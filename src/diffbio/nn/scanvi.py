@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ..errors import ConfigError
 from ..math.distributions import gaussian_kl
-from .class_fit import fit_classes
+from .class_fit import LinearClasses, fit_classes
 from .count_vae import Encoder, Gaussian
 from .mlp import MLP
 from .scvi import COVARIATES, SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
@@ -325,8 +325,10 @@ class SCANVI(SCVI):
         in_group = jax.nn.logsumexp(jnp.where(same.T[None], logits[:, None, :], -jnp.inf), axis=-1)
         return logits - in_group[:, group] + log_group[:, group]
 
-    def fit_classifier(self, z: np.ndarray, labels: np.ndarray, batch_labels: np.ndarray | None = None) -> None:
-        """Sets a linear classifier by `class_fit.fit_classes`, on the host; its temperature is 1.
+    def fit_classifier(
+        self, z: np.ndarray, labels: np.ndarray, batch_labels: np.ndarray | None = None
+    ) -> LinearClasses:
+        """Sets a linear classifier to what `class_fit.fit_classes` finds, on the host; its temperature is 1.
 
         z: means of q(z | x) of all cells, labelled and not. labels: codes; outside 0..n_labels-1: unlabelled.
         batch_labels: codes of all cells, read with by_batch.
@@ -349,6 +351,7 @@ class SCANVI(SCVI):
         for param, value in starts:
             param.set_value(jnp.asarray(value, param[...].dtype))
         self.temperature.set_value(jnp.ones(()))
+        return found
 
     def _labels(self, y: Array | None, cells: int) -> Float[Array, "cells labels"]:
         if y is None:

@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from scipy.special import logsumexp
 from scipy.stats import norm
 
@@ -224,9 +223,10 @@ def test_every_covariate_reaches_the_decoder():
 def test_a_batch_is_the_same_sparse_or_dense(trained):
     batch = trained.cells().take(np.arange(32))
     sparse = trained.cells().take_sparse(np.arange(32))
-    graph, state = nnx.split(trained.module)
+    structure, leaves = posterior.Structure.split(trained.module)
+    assert posterior.Structure.split(trained.module)[0] is structure
     dense, other = (
-        posterior.evaluate(graph, state, b, jax.random.key(0), {}, function=posterior.elbo, options=())["elbo"]
+        posterior.evaluate(structure, leaves, b, jax.random.key(0), {}, function=posterior.elbo, options=())["elbo"]
         for b in (batch, sparse)
     )
     np.testing.assert_allclose(dense, other, rtol=1e-4)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from diffbio.errors import ConfigError, DataError, ModelFileError, OutputError
 from diffbio.models import SCANVI, SCVI
 from diffbio.models.cells import LATENT_MEAN
-from diffbio.models.training import Trainee, _rate, plan_of
+from diffbio.models.training import Trainee, _rate, plan_of, start_told, told_rows
 from diffbio.train import split
 
 from .conftest import cells
@@ -86,6 +86,58 @@ def test_plan():
             moved = {path[-1]: bool(jnp.any(leaf[...] != 0)) for path, leaf in nnx.to_flat_state(updates)}
             assert moved["kernel"]  # the decay pulls without a gradient
             assert moved["scale"] is not matrices_only
+
+
+@pytest.mark.parametrize(("deep", "n_layers", "free"), [(True, 1, [0]), (True, 2, [0, 1]), (False, 2, [0])])
+def test_no_decay_of_what_the_decoder_is_told(deep, n_layers, free):
+    model = small(deeply_inject_covariates=deep, n_layers=n_layers, encode_covariates=True)
+    params = split(Trainee(model.module, config="", only_new=False))[1]
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    n_told = model.module.vae.decoder.network.n_covariates
+    assert n_told > 1
+    for optimizer in ("Adam", "AdamW"):
+        asked = {"optimizer": optimizer, "weight_decay": 0.5, "lr_warmup": 0}
+        plan = plan_of(
+            SCVI.fit_defaults, asked, max_epochs=8, steps_per_epoch=4, told=told_rows(model.module)
+        ).optimizer
+        updates = dict(nnx.to_flat_state(plan.update(nothing, plan.init(params), params)[0]))
+        for path, update in updates.items():
+            if path[-1] != "kernel":
+                continue
+            still = ~np.asarray(update[...] != 0).any(1)
+            is_free = path[:5] == ("module", "vae", "decoder", "network", "blocks") and path[5] in free
+            assert still.sum() == (n_told if is_free else 0)
+            assert not is_free or still[-n_told:].all()
+
+
+def test_the_encoder_decays_less():
+    module = small().module
+    params = split(Trainee(module, config="", only_new=False))[1]
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    asked = {"weight_decay": 0.5, "encoder_decay": 0.1, "lr": 1.0, "lr_warmup": 0, "lr_schedule": "constant"}
+    plan = plan_of(SCVI.fit_defaults, asked, max_epochs=8, steps_per_epoch=4, told=told_rows(module)).optimizer
+    updates = dict(nnx.to_flat_state(plan.update(nothing, plan.init(params), params)[0]))
+    for part, share in (("encoder", 0.1), ("decoder", 1.0)):
+        head = {"encoder": "mean", "decoder": "fraction"}[part]
+        kernel = np.asarray(getattr(getattr(module.vae, part), head).kernel[...])
+        update = np.asarray(updates["module", "vae", part, head, "kernel"][...])
+        np.testing.assert_allclose(update, -0.5 * share * kernel, rtol=1e-5)
+    with pytest.raises(ConfigError, match="encoder_decay must be at least 0"):
+        plan_of(SCVI.fit_defaults, {"encoder_decay": -1.0}, max_epochs=8, steps_per_epoch=4)
+
+
+def test_batches_start_as_heard_as_z():
+    model, other = small(n_latent=4, seed=1), small(n_latent=4, seed=1)
+    start_told(model.module)
+    kernel, before = (np.asarray(m.module.vae.decoder.network.blocks[0].linear.kernel[...]) for m in (model, other))
+    np.testing.assert_array_equal(kernel[:4], before[:4])
+    np.testing.assert_allclose(kernel[4:], 2 * before[4:], rtol=1e-6)
+    other.train(max_epochs=1, batch_size=32, progress=False, plan_kwargs={"lr": 1e-12, "weight_decay": 0.0})
+    started = np.asarray(other.module.vae.decoder.network.blocks[0].linear.kernel[...])
+    np.testing.assert_allclose(started, kernel, atol=1e-6)
+    other.train(max_epochs=1, batch_size=32, progress=False, plan_kwargs={"lr": 1e-12, "weight_decay": 0.0})
+    again = np.asarray(other.module.vae.decoder.network.blocks[0].linear.kernel[...])
+    np.testing.assert_allclose(again, kernel, atol=1e-6)  # what has been trained is not started anew
 
 
 def test_learning_rate():

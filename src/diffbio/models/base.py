@@ -26,7 +26,7 @@ from .registry import MINIFIED, Registry
 from .seeds import settings
 from .state import flat_state as flat_state
 from .state import set_state as set_state
-from .training import Arranged, Run, Trainee, masked, plan_of, run_of
+from .training import Arranged, Run, Trainee, masked, plan_of, run_of, start_told, told_rows
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -282,7 +282,7 @@ class Model:
             plan_kwargs = {"weight_decay": 0.0, **plan_kwargs}
         plan = plan_of(
             self.fit_defaults, plan_kwargs, max_epochs=run.settings.max_epochs,
-            steps_per_epoch=max(1, n_train // run.settings.batch_size),
+            steps_per_epoch=max(1, n_train // run.settings.batch_size), told=told_rows(self.module),
         )
         if not self.is_trained and self.trainable is None and not resume:
             self._start_from(held_out.train, run.settings.seed)
@@ -326,6 +326,7 @@ class Model:
         counts = self.cells().counts
         assert counts is not None
         held = counts_of_rows(counts, chosen)
+        start_told(self.module)
         self.module.start_from(np.asarray(held.toarray() if sparse.issparse(held) else held, np.float32))
 
     def _mask(self, trainee: Trainee) -> Any:

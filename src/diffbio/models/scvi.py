@@ -160,8 +160,9 @@ class SCVI(Queries):
             datasplitter_kwargs: of scvi-tools; refused, but for drop_last=True.
             plan_config: as plan_kwargs, which go before it.
             plan_kwargs: lr, lr_schedule ('cosine' | 'constant'), lr_warmup (share of the steps), eps, weight_decay,
-                decay_matrices_only, optimizer ('Adam' | 'AdamW' | an optax optimizer), n_epochs_kl_warmup,
-                n_steps_kl_warmup, min_kl_weight, max_kl_weight.
+                decay_matrices_only (kernels without the rows of batch and categories in the decoder; not biases,
+                norms, dispersions), encoder_decay (share of weight_decay in the encoder of z), optimizer ('Adam' |
+                'AdamW' | an optax optimizer), n_epochs_kl_warmup, n_steps_kl_warmup, min_kl_weight, max_kl_weight.
             datamodule: of scvi-tools; refused.
             trainer_config: as trainer_kwargs, which go before it.
             early_stopping_patience: see above.

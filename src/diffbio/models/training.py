@@ -1,5 +1,6 @@
 """How the models are trained: scvi-tools' arguments in terms of `diffbio.train`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,9 +27,16 @@ class Plan(NamedTuple):
 
 
 def plan_of(
-    defaults: Mapping[str, Any], plan_kwargs: Mapping[str, Any] | None, *, max_epochs: int, steps_per_epoch: int
+    defaults: Mapping[str, Any],
+    plan_kwargs: Mapping[str, Any] | None,
+    *,
+    max_epochs: int,
+    steps_per_epoch: int,
+    told: Mapping[tuple[Any, ...], int] | None = None,
 ) -> Plan:
     """Optimizer and schedules of a training run.
+
+    told: of `told_rows`; decay_matrices_only leaves them without decay.
 
     A warm-up of the default length takes at most a quarter of max_epochs, so that it ends before training does.
 
@@ -56,7 +64,7 @@ def plan_of(
     if plan["lr_schedule"] not in RATES:
         msg = f"train: lr_schedule must be one of {RATES}, got {plan['lr_schedule']!r}."
         raise ConfigError(msg)
-    for key in ("lr", "eps", "weight_decay", "lr_warmup", "min_kl_weight", "max_kl_weight", "classification_ratio"):
+    for key in NOT_NEGATIVE:
         if plan.get(key, 0.0) < 0 or (key in {"lr", "eps"} and not plan[key] > 0):
             msg = f"train: {key} must be {'above 0' if key in {'lr', 'eps'} else 'at least 0'}, got {plan[key]!r}."
             raise ConfigError(msg)
@@ -68,12 +76,15 @@ def plan_of(
     schedules = {"kl_weight": warm_up(epochs, plan["min_kl_weight"], plan["max_kl_weight"])}
     if "classification_ratio" in plan:
         schedules["classification_weight"] = constant(plan["classification_ratio"])
-    return Plan(_optimizer(plan, max_epochs * steps_per_epoch), schedules)
+    return Plan(_optimizer(plan, max_epochs * steps_per_epoch, told or {}), schedules)
 
 
 PLAN_KEYS = (
-    "optimizer", "lr", "lr_schedule", "lr_warmup", "eps", "weight_decay", "decay_matrices_only",
+    "optimizer", "lr", "lr_schedule", "lr_warmup", "eps", "weight_decay", "decay_matrices_only", "encoder_decay",
     "n_epochs_kl_warmup", "min_kl_weight", "max_kl_weight",
+)
+NOT_NEGATIVE = (
+    "lr", "eps", "weight_decay", "encoder_decay", "lr_warmup", "min_kl_weight", "max_kl_weight", "classification_ratio",
 )
 # plan_kwargs of scvi-tools that have no counterpart: values at which they change nothing, and what to do instead
 NOT_PLANNED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -151,10 +162,53 @@ def masked(optimizer: optax.GradientTransformation, mask: Any) -> optax.Gradient
     return optax.chain(optimizer, optax.GradientTransformation(lambda params: optax.EmptyState(), update))
 
 
-def matrices(params: Any) -> Any:
-    """True for the kernels of linear layers, False for biases, norms and dispersions, in the parameters' structure."""
-    flat = {path: leaf.replace(str(path[-1]) == "kernel") for path, leaf in nnx.to_flat_state(params)}
-    return nnx.from_flat_state(flat)
+ENCODER = ("module", "vae", "encoder")  # of a `Trainee`
+
+
+def told_rows(module: SCVI) -> dict[tuple[Any, ...], int]:
+    """How many rows, the last ones, of which kernels of a `Trainee` are for what the decoder is told of batch and
+    categories.
+    """  # noqa: D205
+    network = module.vae.decoder.network
+    blocks = range(len(network.blocks) if network.deep else min(1, len(network.blocks)))
+    at = ("module", "vae", "decoder", "network", "blocks")
+    return {(*at, i, "linear", "kernel"): network.n_covariates for i in blocks if network.n_covariates}
+
+
+def start_told(module: SCVI) -> None:
+    """Lets batch and categories weigh as much as all of z in an untrained decoder: their rows times sqrt(width of z).
+
+    All inputs' weights start at one variance. A one-hot of a batch has about the variance of one dimension of z, so
+    that the decoder would learn the batch slower than z, and z would come to hold what the batch explains.
+    """
+    network = module.vae.decoder.network
+    if network.n_covariates and network.blocks:
+        kernel = network.blocks[0].linear.kernel
+        width = kernel.shape[0] - network.n_covariates
+        kernel.set_value(kernel[...].at[width:].multiply(math.sqrt(width)))
+
+
+def decay(
+    weight: float, *, matrices_only: bool, encoder: float, told: Mapping[tuple[Any, ...], int]
+) -> optax.GradientTransformation:
+    """Adds `weight` times the parameter to each gradient; in the encoder of z `encoder` times that.
+
+    matrices_only: of the kernels of linear layers alone, not of biases, norms and dispersions, and not of the rows
+        `told`: a decoder that is not let to say what a batch changes has z say it.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        flat = dict(nnx.to_flat_state(updates))
+        for path, param in nnx.to_flat_state(params):
+            if matrices_only and path[-1] != "kernel":
+                continue
+            pulled = weight * (encoder if path[:3] == ENCODER else 1.0) * param[...]
+            if matrices_only and path in told:
+                pulled = pulled.at[-told[path] :].set(0.0)
+            flat[path] = flat[path].replace(flat[path][...] + pulled)
+        return nnx.from_flat_state(list(flat.items())), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _rate(plan: Mapping[str, Any], steps: int) -> optax.Schedule:
@@ -166,15 +220,19 @@ def _rate(plan: Mapping[str, Any], steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.1 * plan["lr"], plan["lr"], max(1, rise)), then], [rise])
 
 
-def _optimizer(plan: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+def _optimizer(
+    plan: Mapping[str, Any], steps: int, told: Mapping[tuple[Any, ...], int]
+) -> optax.GradientTransformation:
     if not isinstance(plan["optimizer"], str):
         given: optax.GradientTransformation = plan["optimizer"]
         return given
-    decay, mask = plan["weight_decay"], matrices if plan["decay_matrices_only"] else None
-    if plan["optimizer"] == "AdamW":
-        return optax.adamw(_rate(plan, steps), eps=plan["eps"], weight_decay=decay, mask=mask)
+    pull = decay(
+        plan["weight_decay"], matrices_only=plan["decay_matrices_only"], encoder=plan["encoder_decay"], told=told
+    )
+    moments = optax.scale_by_adam(eps=plan["eps"])
     # torch's Adam adds the decay to the gradient
-    return optax.chain(optax.add_decayed_weights(decay, mask), optax.adam(_rate(plan, steps), eps=plan["eps"]))
+    inner = (moments, pull) if plan["optimizer"] == "AdamW" else (pull, moments)
+    return optax.chain(*inner, optax.scale_by_learning_rate(_rate(plan, steps)))
 
 
 class Run(NamedTuple):

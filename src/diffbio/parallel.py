@@ -77,9 +77,8 @@ class OneDevice:
         return tree
 
     def batch(self, source: Any, rows: np.ndarray) -> Mapping[str, Any]:
-        """The cells `rows`, on their devices; many cells in memory come in blocks for a CPU to take in turn."""
-        cut = blocks_in_turn(len(rows)) > 1 and jax.default_backend() == "cpu" and not getattr(source, "on_disk", False)
-        if not cut:
+        """The cells `rows`, on their devices; many cells come in blocks for a CPU to take in turn."""
+        if blocks_in_turn(len(rows)) == 1 or jax.default_backend() != "cpu":
             return batch_of(source, rows)
         batch: dict[str, Any] = {}
         for prefix, beneath, cells, fixed in parts_of(source, rows):

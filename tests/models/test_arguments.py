@@ -135,7 +135,9 @@ def test_train_validation_and_test_cells():
     none = ("trainer_config", "plan_config", "plan_kwargs", "datamodule", "datasplitter_kwargs")
     given = dict.fromkeys(OWN_ARGUMENTS) | dict.fromkeys(none)
     given |= {"trainer_kwargs": {}, "progress": False, "accelerator": "auto", "devices": "auto", "early_stopping": True}
-    run = run_of(given | sizes | {"shuffle_set_split": True}, SCANVI.fit_defaults, n_cells=300, epochs=1, seed=0)
+    run = run_of(
+        given | sizes | {"shuffle_set_split": True}, SCANVI.fit_defaults, n_cells=300, epochs=1, seed=0, batch_size=128
+    )
     parts = [run.held_out.train, run.held_out.validation, run.test]
     assert [len(part) for part in parts] == [180, 90, 30]
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(300))

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from diffbio.errors import ConfigError, DataError, ModelFileError, OutputError
 from diffbio.models import SCANVI, SCVI
 from diffbio.models.cells import LATENT_MEAN
+from diffbio.models.defaults import default_batch_size
 from diffbio.models.training import Trainee, _rate, plan_of, start_told, told_rows
 from diffbio.train import split
 
@@ -124,6 +125,13 @@ def test_the_encoder_decays_less():
         np.testing.assert_allclose(update, -0.5 * share * kernel, rtol=1e-5)
     with pytest.raises(ConfigError, match="encoder_decay must be at least 0"):
         plan_of(SCVI.fit_defaults, {"encoder_decay": -1.0}, max_epochs=8, steps_per_epoch=4)
+
+
+def test_few_cells_come_in_smaller_minibatches():
+    assert [default_batch_size(n, 128) for n in (300, 999, 1_000, 10**6)] == [64, 64, 128, 128]
+    model = small()
+    model.train(max_epochs=1, progress=False)
+    assert model.training_history.rows[0]["good_steps"] == 270 // 64
 
 
 def test_batches_start_as_heard_as_z():

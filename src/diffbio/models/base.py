@@ -20,7 +20,7 @@ from ..nn.scvi import SCVI as Module
 from ..train import split, train
 from . import posterior, saved, surgery
 from .cells import LATENT_MEAN, LATENT_VAR, LIBRARY, CellSource, cells_of, counts_of_rows, library_sizes
-from .defaults import scvi_epochs
+from .defaults import default_batch_size, scvi_epochs
 from .peer import ELSEWHERE, devices_of, refuse
 from .registry import MINIFIED, Registry
 from .seeds import settings
@@ -305,8 +305,12 @@ class Model:
 
     def _run(self, n_cells: int, asked: Mapping[str, Any]) -> Run:
         """The arguments of `train`, checked."""
+        batch_size = self.fit_defaults["batch_size"]
+        if self.trainable is None:
+            batch_size = default_batch_size(n_cells, batch_size)
         return run_of(
-            asked, self.fit_defaults, n_cells=n_cells, epochs=self._default_epochs(n_cells), seed=self.seed
+            asked, self.fit_defaults, n_cells=n_cells, epochs=self._default_epochs(n_cells), seed=self.seed,
+            batch_size=batch_size,
         )
 
     def _default_epochs(self, n_cells: int) -> int:

@@ -45,3 +45,12 @@ def scvi_epochs(n_cells: int) -> int:
     if n_cells > 20_000:
         return max(5, round(400_000 / n_cells))
     return min(100, max(20, round(100_000 / n_cells)))
+
+
+def default_batch_size(n_cells: int, usual: int) -> int:
+    """Cells in a minibatch: half the `usual` below 1,000 cells, whose epochs have too few steps otherwise.
+
+    pancreas_human_mouse, 350 cells, seeds 0 and 1: held-out ELBO -853.0 with 128 and -848.4 with 64, batch score of the
+    latent space 0.79 and 0.82.
+    """
+    return usual if n_cells >= 1_000 else max(1, usual // 2)

@@ -259,7 +259,7 @@ class SCANVI(Queries):
             train_size: fraction of the cells to train on.
             validation_size: as for `SCVI.train`, like all that is not named here.
             shuffle_set_split: see there.
-            batch_size: cells in a minibatch.
+            batch_size: cells in a minibatch, by default as of `SCVI.train`.
             accelerator: see there.
             devices: see there.
             adversarial_classifier: of scvi-tools; refused.

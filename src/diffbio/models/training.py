@@ -247,10 +247,13 @@ class Run(NamedTuple):
     devices: Devices
 
 
-def run_of(asked: Mapping[str, Any], defaults: Mapping[str, Any], *, n_cells: int, epochs: int, seed: int) -> Run:
+def run_of(
+    asked: Mapping[str, Any], defaults: Mapping[str, Any], *, n_cells: int, epochs: int, seed: int, batch_size: int
+) -> Run:
     """The arguments of `SCVI.train` as `diffbio.train` takes them.
 
-    asked: those arguments, Lightning's among them. epochs: where max_epochs is None. seed: where seed is None.
+    asked: those arguments, Lightning's among them. epochs, seed, batch_size: where max_epochs, seed or batch_size is
+        None.
 
     Raises:
         ConfigError: an argument is out of range, or of scvi-tools alone.
@@ -277,7 +280,7 @@ def run_of(asked: Mapping[str, Any], defaults: Mapping[str, Any], *, n_cells: in
     patience = own["early_stopping_patience"]
     chosen: dict[str, Any] = {
         "max_epochs": epochs if own["max_epochs"] is None else own["max_epochs"],
-        "batch_size": defaults["batch_size"] if own["batch_size"] is None else own["batch_size"],
+        "batch_size": batch_size if own["batch_size"] is None else own["batch_size"],
         "validation": validation_size,
         "patience": (defaults["patience"] if patience is None else patience) if own["early_stopping"] else None,
         "clip_norm": own["gradient_clip_val"],

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
+from scipy.stats import multivariate_normal
 
 from diffbio.errors import ConfigError, DataError
 from diffbio.nn import SCANVI, class_fit
@@ -61,6 +62,38 @@ def test_shared_and_own_slopes_have_the_same_prior():
     added -= added.mean(1, keepdims=True)  # what all types have in common is of no effect
     np.testing.assert_allclose(added, found.by_batch[:, :-1].sum(0), atol=0.02)
     assert np.abs(added).max() > 0.3
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_of_two_starts_the_likelier_mixture_is_taken(bad, monkeypatch):
+    z, labels, _ = blobs(spread=0.8)
+    right, calls = class_fit._mixture, []
+
+    def one_is_bad(*arguments):
+        calls.append(right(*arguments))
+        clouds = calls[-1]
+        return clouds._replace(mean=clouds.mean + 1.5) if len(calls) == 1 + bad else clouds
+
+    monkeypatch.setattr(class_fit, "_mixture", one_is_bad)
+    found = fit_classes(z, labels, 3)
+    assert len(calls) == 2
+    np.testing.assert_allclose(found.clouds.mean, calls[1 - bad].mean + z.mean(0))
+
+
+def test_likelihood_of_the_mixture_is_that_of_gaussians():
+    z, labels, _ = blobs(cells=30)
+    rng = np.random.default_rng(0)
+    rows, y = np.arange(3), labels[:3]
+    values = []
+    for scale in (1.0, 2.0):
+        precision = scale * np.array([[2.0, 0.3], [0.3, 1.0]])
+        clouds = class_fit.TypeClouds(rng.normal(size=(3, 2)), precision, np.ones(3) / 3)
+        each = [multivariate_normal(m, np.linalg.inv(clouds.precision)).logpdf(z) + np.log(1 / 3) for m in clouds.mean]
+        each = np.stack(each, axis=1)
+        wanted = logsumexp(each, axis=1)
+        wanted[rows] = each[rows, y]
+        values.append(wanted.sum() - class_fit._log_likelihood(z, rows, y, clouds))
+    np.testing.assert_allclose(values, -30 * np.log(2 * np.pi))  # the constant, the same for both
 
 
 def test_a_new_batch_is_met_by_its_shift_and_its_shares():

@@ -35,7 +35,7 @@ SCANVI_TRAINING: dict[str, Any] = {
     "max_epochs_pretrained": 10,
     "lr_pretrained": 1e-3,
     "n_epochs_kl_warmup_pretrained": 0,
-    # fewer held-out labels than this judge nothing: all labelled cells are trained on, and none calibrates
+    # fewer held-out labels than this judge nothing: all labelled cells are trained on (and calibrate by folds)
     "least_held_out_labels": 50,
 }
 

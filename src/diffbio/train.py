@@ -81,7 +81,7 @@ class Settings:
     """How to train.
 
     max_epochs: passes over the training cells at most.
-    batch_size: cells in a minibatch; on a CPU 128 is fastest per cell, larger batches leave the cache.
+    batch_size: cells in a minibatch; larger ones cost less per cell, and take more epochs to the same loss.
     learning_rate: of Adam, when no optimizer is given.
     validation: fraction of cells held out to decide when to stop; 0 trains on all, without early stopping.
     patience: epochs without a better validation loss before stopping; None never stops early.

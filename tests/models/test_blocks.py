@@ -1,10 +1,11 @@
-"""Large minibatches in memory come to the CPU in blocks: the same training, for every model that reads counts."""
+"""Large minibatches come to the CPU in blocks: the same training, for every model that reads counts."""
 
 import jax
 import numpy as np
 import pytest
 
 from diffbio import parallel
+from diffbio.data.source import as_source
 from diffbio.math.sparse import blocks_in_turn
 from diffbio.models import SCANVI, SCVI
 from diffbio.models.cells import cells_of
@@ -48,3 +49,14 @@ def test_only_counts_come_in_blocks():
     assert set(batch) == set(whole)
     np.testing.assert_array_equal(batch["counts"].dense(), whole["counts"])
     np.testing.assert_array_equal(batch["batch_labels"], whole["batch_labels"])
+
+
+@pytest.mark.parametrize("genes", [None, np.arange(5, 30)])
+def test_a_file_comes_in_blocks_too(genes, tmp_path):
+    cells().write_h5ad(tmp_path / "cells.h5ad")
+    source = as_source(tmp_path / "cells.h5ad", cell_keys=("counts",), mapping={"counts": "X"}, genes=genes)
+    rows = np.sort(np.random.default_rng(0).permutation(300)[:256])
+    batch = parallel.OneDevice().batch(source, rows)["counts"]
+    assert batch.in_turn
+    assert batch.index.shape[0] == 2
+    np.testing.assert_array_equal(batch.dense(), source.take(rows)["counts"])

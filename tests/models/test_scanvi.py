@@ -1,9 +1,12 @@
+import signal
+
 import numpy as np
 import pytest
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from diffbio.errors import ConfigError, DataError, DataWarning
+from diffbio import train as train_module
+from diffbio.errors import ConfigError, DataError, DataWarning, TrainingInterrupted
 from diffbio.models import SCANVI, SCVI, posterior
 from diffbio.models.base import flat_state
 from diffbio.models.calibration import expected_calibration_error
@@ -115,6 +118,34 @@ def test_few_labels_are_all_trained_on(trained):
     np.testing.assert_allclose(model.temperature, wanted, rtol=1e-3)
     with pytest.raises(DataError, match="no labelled cells were held out"):
         model.calibration_error()
+
+
+def test_a_run_that_goes_on_after_a_signal_keeps_its_calibration(trained, tmp_path):
+    adata = trained.adata.copy()
+    adata.obs["few"] = np.where(np.arange(adata.n_obs) < 12, adata.obs["cell_type"].astype(str), "Unknown")
+
+    def model():
+        return SCANVI.from_scvi_model(trained, "Unknown", labels_key="few", adata=adata)
+
+    def go_on(model, **more):
+        model.train(max_epochs=4, batch_size=32, progress=False, checkpoint=tmp_path / "run", **more)
+
+    at_once, stopped = model(), model()
+    at_once.train(max_epochs=4, batch_size=32, progress=False)
+    original = train_module.Progress.step
+
+    def interrupted(self, epoch, step, *rest):
+        if epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, epoch, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module.Progress, "step", interrupted)
+        with pytest.raises(TrainingInterrupted):
+            go_on(stopped)
+    go_on(stopped, resume=True)
+    assert stopped.temperature == at_once.temperature
+    np.testing.assert_array_equal(stopped.predict(soft=True), at_once.predict(soft=True))
 
 
 def test_labelled_cells_beside_a_batch_depend_on_the_batch_and_the_seed_alone(annotated):

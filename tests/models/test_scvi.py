@@ -148,6 +148,15 @@ def test_batches_start_as_heard_as_z():
     np.testing.assert_allclose(again, kernel, atol=1e-6)  # what has been trained is not started anew
 
 
+def test_a_run_that_diverged_does_not_scale_the_weights_twice():
+    model = small(n_latent=4, seed=1)
+    kernels = []
+    for _ in range(2):
+        model._start_from(np.arange(50), 0)
+        kernels.append(np.asarray(model.module.vae.decoder.network.blocks[0].linear.kernel[...]))
+    np.testing.assert_array_equal(*kernels)
+
+
 def test_learning_rate():
     asked = {"lr": 1.0, "lr_warmup": 0.1}
     rate = _rate({**SCVI.fit_defaults, **asked, "lr_schedule": "cosine"}, 100)

@@ -117,6 +117,11 @@ class FileSource:
         blocks = np.split(np.asarray(rows), n_blocks)
 
         def gather(key: str, matrix: DiskMatrix, own: NDArray[np.integer]) -> Any:
+            if len(mine) == n_blocks:  # nobody else has to come to the same answer: it is read off the rows
+                room = self._room(key, matrix, len(blocks[0]))
+                packed = (self._gather_packed(key, matrix, block, room) if room else None for block in blocks)
+                parts = [part for part in packed if part is not None]
+                return in_blocks(parts, n_blocks) if len(parts) == n_blocks else self._gather(key, matrix, own)
             entries = matrix.most_entries(rows)
             room = 0 if entries is None else self._room(key, matrix, len(blocks[0]))
             if entries is None or entries.reshape(n_blocks, -1).sum(1).max() > room:

@@ -106,7 +106,9 @@ def counts_of(data: AnnData | str | Path | Any, *, layer: str | None = None) -> 
         return data
     if data.isbacked and not data.is_view:
         return DiskMatrix(data.file._file, place, where=str(data.filename))
-    return _lookup(data, "counts", place)
+    found = _lookup(data, "counts", place)
+    unread = _on_disk(found, place)
+    return found if unread is None else unread
 
 
 def _selected(
@@ -137,6 +139,16 @@ def _lookup(adata: AnnData, key: str, place: str) -> Any:
         msg = f"{key}: mapped to {place!r}, but adata.{slot} holds {others}"
         raise MissingKeyError(msg)
     return held[name]
+
+
+def _on_disk(value: Any, place: str, columns: NDArray[np.integer] | None = None) -> DiskMatrix | None:
+    """Return a matrix that an AnnData holds unread, as `anndata.io.sparse_dataset` and zarr give it; else None."""
+    element = getattr(value, "group", None)  # of a sparse_dataset
+    if element is None and type(value).__module__.partition(".")[0] in ("zarr", "h5py"):
+        element = value
+    if element is None:
+        return None
+    return DiskMatrix({place: element}, place, columns=columns, where=str(getattr(element, "store", "a file")))
 
 
 def _column(key: str, column: Any, name: str, categories: dict[str, tuple[str, ...]]) -> NDArray[Any]:
@@ -171,14 +183,20 @@ def _anndata_source(
     categories: dict[str, tuple[str, ...]] = {}
     cell_places, constant_places = _selected(mapping, cell_keys, constant_keys)
     cells: dict[str, Any] = {}
+    matrices: dict[str, DiskMatrix] = {}
     for key, place in cell_places.items():
         value = _lookup(adata, key, place)
+        subset = genes if _per_gene(place) else None
         if place.startswith("obs/"):
-            value = _column(key, value, place[4:], categories)
-        elif genes is not None and _per_gene(place):
-            value = value[:, genes]
-        cells[key] = value
-    return ArraySource(cells, _constants(adata, constant_places, genes), categories=categories)
+            cells[key] = _column(key, value, place[4:], categories)
+        elif (matrix := _on_disk(value, place, subset)) is not None:
+            matrices[key] = matrix
+        else:
+            cells[key] = value if subset is None else value[:, subset]
+    constants = _constants(adata, constant_places, genes)
+    if matrices:
+        return FileSource(matrices, cells, constants, categories=categories)
+    return ArraySource(cells, constants, categories=categories)
 
 
 def _constants(

@@ -137,7 +137,7 @@ nb_log_prob_of_zero.defjvp(_nb_zero_jvp, symbolic_zeros=True)
 def zinb_log_prob_of_zero(
     log_mu: Float[Array, "*#shape"], log_theta: Float[Array, "*#shape"], pi_logit: Float[Array, "*#shape"]
 ) -> Float[Array, "*shape"]:
-    """Log of pi + (1 - pi) NB(0 | mu, theta), with pi = sigmoid(pi_logit)."""
+    """Log of pi + (1 - pi) NB(0 | mu, theta), with pi = sigmoid(pi_logit); a logit below -80 counts as -80."""
     return _zinb_zero(log_mu, log_theta, pi_logit)[0]
 
 

@@ -84,6 +84,7 @@ class Model:
         self.validation_indices: np.ndarray | None = None
         self.test_indices: np.ndarray = np.empty(0, int)
         self.trainable: Any = None  # of a query model: which weights are new (1) or the reference's (0)
+        self.started = False  # whether the weights have been scaled for training
         self.new_batches: np.ndarray = np.empty(0, int)  # and codes of the batches that the reference lacks
         self.live: tuple[str, ...] = ()  # and what of the network is not in eval mode while these are trained
         self.library_prior: tuple[np.ndarray, np.ndarray] | None = None
@@ -330,7 +331,9 @@ class Model:
         counts = self.cells().counts
         assert counts is not None
         held = counts_of_rows(counts, chosen)
-        start_told(self.module)
+        if not self.started:  # a run that diverged is tried again; what is set by moments may be set twice
+            start_told(self.module)
+        self.started = True
         self.module.start_from(np.asarray(held.toarray() if sparse.issparse(held) else held, np.float32))
 
     def _mask(self, trainee: Trainee) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import sparse
 
 from ..data.device_source import resident
+from ..data.matrix import DiskMatrix
 from ..data.names import align_genes
 from ..data.source import ArraySource, Source, as_source, counts_of
 from ..errors import DataError
@@ -157,7 +158,7 @@ def _counts(adata: "AnnData", registry: Registry) -> Source:
         raise DataError(msg)
     names = tuple(map(str, adata.var_names))
     place = "X" if layer is None else f"layers/{layer}"
-    if adata.isbacked:
+    if adata.isbacked or isinstance(counts_of(adata, layer=layer), DiskMatrix):
         columns = None
         if names != registry.var_names:
             alignment = align_genes(names, registry.var_names)

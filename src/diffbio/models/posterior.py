@@ -4,7 +4,6 @@ A batch holds `counts`, or, of minified cells, `qz_mean`, `qz_var` and `library`
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -57,7 +56,7 @@ class Structure:
         return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
-_KNOWN: weakref.WeakValueDictionary[Structure, Structure] = weakref.WeakValueDictionary()
+_KNOWN: dict[Structure, Structure] = {}  # as many as there are kinds of modules, for which programs are kept, too
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "function", "options"))

@@ -110,6 +110,7 @@ class SCANVI(Queries):
         self.type_mean: np.ndarray | None = None
         self.type_precision: np.ndarray | None = None
         self.type_share: np.ndarray | None = None
+        self.left_out_temperature: float | None = None
         super().__init__(adata, init, registry=registry, seed=seed)
 
     @classmethod
@@ -248,7 +249,7 @@ class SCANVI(Queries):
         With every minibatch goes one of labelled cells, for the classifier. Labelled cells among those held out
         are not trained on and calibrate the probabilities, if they are `least_held_out_labels` at least; fewer
         are trained on, and a model made by `from_scvi_model` is calibrated by leaving out a tenth of them at a time, in
-        the latent space that SCVI has learned without labels.
+        the latent space that SCVI has learned (without labels, but for dispersion 'gene-label').
         Of a query (`load_query_data`) the classifier is adapted to each new batch: to a shift of its cells, all alike,
         and to its shares of the types (`nn.class_fit.adapt_classes`), which concerns cells of that batch alone.
 
@@ -310,11 +311,13 @@ class SCANVI(Queries):
                 self.is_trained = True
                 given_cells = self._fit_classifier(known)
                 if unseen and given_cells is not None and not len(self.held_out_labels):
-                    temperature = class_fit.folded_temperature(*given_cells)
+                    # once: a run that goes on after a signal stands at weights that have seen labels
+                    if self.left_out_temperature is None:
+                        self.left_out_temperature = class_fit.folded_temperature(*given_cells)
+                    temperature = self.left_out_temperature
         history = self._train(source=source, run=run, checkpoint=checkpoint, resume=resume)
-        if self.trainable is not None:  # a query keeps the reference's classifier
-            if adapt_classifier:
-                self._adapt_classifier(known)
+        if self.trainable is not None:  # a query keeps the reference's classifier, but for its own batches
+            self._adapt_classifier(known, adapt=adapt_classifier)
         elif known.any() and self._fit_classifier(known) is not None:
             self.module.temperature.set_value(jnp.asarray(temperature))
         if len(self.held_out_labels):
@@ -446,8 +449,11 @@ class SCANVI(Queries):
         n_batch = len(found.by_batch)
         return z, labels, self.module.n_labels, columns.get("batch_labels") if n_batch else None, n_batch
 
-    def _adapt_classifier(self, known: np.ndarray) -> None:
-        """The classifier for the batches that the reference lacks; those of the reference keep theirs."""
+    def _adapt_classifier(self, known: np.ndarray, *, adapt: bool) -> None:
+        """The classifier for the batches that the reference lacks; those of the reference keep theirs.
+
+        A batch that is not adapted (adapt=False, too few cells, too unsure) gets what the reference says of any batch.
+        """
         own, columns = self.module.classifier.by_batch, self.cells().columns
         frozen = not any(np.any(mask) for name, mask in self.trainable.items() if name.startswith("classifier"))
         mean, precision, share = self.type_mean, self.type_precision, self.type_share
@@ -464,7 +470,8 @@ class SCANVI(Queries):
         labels = np.where(seen, columns["labels"], -1)
         z = joined(self.evaluate(posterior.latents))["mean"]
         by_batch = to_numpy(own).copy()
-        for code in self.new_batches:
+        by_batch[self.new_batches] = 0.0
+        for code in self.new_batches if adapt else ():
             rows = columns["batch_labels"] == code
             if rows.sum() < class_fit.LEAST_CELLS:
                 continue
@@ -476,7 +483,6 @@ class SCANVI(Queries):
                 )
                 warnings.warn(message, DataWarning, stacklevel=3)
                 continue
-            by_batch[code] = 0.0
             by_batch[code, -1] = added
         own.set_value(jnp.asarray(by_batch, own[...].dtype))
 

@@ -154,8 +154,8 @@ class SCVI(Queries):
                 set, `test_indices`.
             shuffle_set_split: False takes validation, training and test cells in the order of the data.
             load_sparse_tensor: accepted; counts that are sparse stay so on the device anyway.
-            batch_size: cells in a minibatch, by default 128, or 64 of fewer than 1,000 cells; the last, incomplete
-                one of an epoch is left out.
+            batch_size: cells in a minibatch, by default 128, or 64 of fewer than 1,000 cells (of a query always 128);
+                the last, incomplete one of an epoch is left out.
             early_stopping: stops when the held-out bound has not become better for
                 early_stopping_patience epochs; the best weights are kept either way.
             datasplitter_kwargs: of scvi-tools; refused, but for drop_last=True.

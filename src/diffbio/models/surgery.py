@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
+from ..data.matrix import DiskMatrix
 from ..data.names import align_genes
 from ..data.source import counts_of
 from ..errors import ConfigError, DataError
@@ -141,10 +142,9 @@ def padded(
     if only_names:
         return names
     layer = model.registry.setup.get("layer")
-    if adata.isbacked:
+    if adata.isbacked or isinstance(counts_of(adata, layer=layer), DiskMatrix):
         msg = "prepare_query_anndata: the data lie in a file; call adata.to_memory() first."
         raise DataError(msg)
-    counts_of(adata, layer=layer)  # says what is missing
     alignment = align_genes(adata.var_names, names)
     obs, var = cast("pd.DataFrame", adata.obs), cast("pd.DataFrame", adata.var)
     result = AnnData(

@@ -5,8 +5,8 @@
    Its posterior is linear in z: log q(c | z) = z W0 + b0 up to a constant.
 2. Logistic regression on the labelled cells that starts from MIXTURE_WEIGHT * (z W0 + b0) and pays for what it
    adds (a Gaussian prior): few labels leave the mixture's answer, many override it.
-3. With batches, an intercept and slopes of each batch are added, of the same prior as the shared ones: what holds
-   in one batch alone is kept out of the shared ones, which are all that is known of a new batch.
+3. With batches, an intercept and slopes of each batch are added, slopes of the same prior as the shared ones: what
+   holds in one batch alone is kept out of the shared ones, which are all that is known of a new batch.
 
 `adapt_classes` moves the borders for a new batch without labels, `folded_temperature` calibrates without held-out
 cells.
@@ -134,8 +134,8 @@ def adapt_classes(
     """What a new batch adds to the logits, (labels,): its own shift and its own shares of the types.
 
     The clouds of the types, moved by one shift d ~ N(0, (SHIFT_SD sd)²) and with shares of the batch's own (prior:
-    those of `found`, one cell a type), by expectation maximisation over the batch's cells; the classifier is then
-    asked at z - d, and its probabilities are multiplied by new / old share (Saerens et al. 2002).
+    those of `found`, as heavy as a cell for every type), by expectation maximisation over the batch's cells; the
+    classifier is then asked at z - d, and its probabilities are multiplied by new / old share (Saerens et al. 2002).
 
     z: latent means of the batch's cells. found: by_batch is not read. labels: codes of those that are known; outside
     0..labels-1 a cell is not. temperature: what the logits will be divided by.

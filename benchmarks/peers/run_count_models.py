@@ -142,7 +142,7 @@ def main() -> None:
     every = tuple(dict.fromkeys((*LIKELIHOOD_DATA, *LABEL_DATA)))
     parser.add_argument("--data", nargs="+", default=list(every), choices=every)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of SCVI")
-    parser.add_argument("--label-seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--label-seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--configs", nargs="+", default=["zinb_1"], choices=CONFIGS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")

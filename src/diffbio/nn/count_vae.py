@@ -296,8 +296,7 @@ class CountVAE(nnx.Module):
 
         groups: rows of weights (one-hot) over the groups of the dispersion.
         """
-        z = z if continuous is None else jnp.concatenate([z, continuous.astype(z.dtype)], axis=-1)
-        return self.decoder(z, log_library, injected, groups)
+        return self.decoder(_beside(z, continuous), log_library, injected, groups)
 
     def mean_log_prob(
         self,
@@ -316,8 +315,7 @@ class CountVAE(nnx.Module):
         if not (isinstance(counts, SparseRows) and counts.in_turn):
             p = self.decode(z, log_library, injected, continuous, groups)
             return count_log_prob(decoder.likelihood, counts, p).mean()
-        z = z if continuous is None else jnp.concatenate([z, continuous.astype(z.dtype)], axis=-1)
-        h = decoder.network(z, injected)  # batch norm is over all cells
+        h = decoder.network(_beside(z, continuous), injected)  # batch norm is over all cells
         parts: tuple[Any, ...] = nnx.split(decoder, nnx.Param, ...)
         graph, params, rest = parts
 
@@ -361,7 +359,11 @@ class CountVAE(nnx.Module):
             x = jnp.log1p(counts) if self.log_counts else counts
         if not self.encode_covariates:
             return x, None
-        return (x if continuous is None else jnp.concatenate([x, continuous.astype(x.dtype)], axis=-1)), injected
+        return _beside(x, continuous), injected
+
+
+def _beside(x: jax.Array, continuous: jax.Array | None) -> jax.Array:
+    return x if continuous is None else jnp.concatenate([x, continuous.astype(x.dtype)], axis=-1)
 
 
 def _log_softplus(x: jax.Array) -> jax.Array:

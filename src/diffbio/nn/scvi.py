@@ -231,7 +231,7 @@ class SCVI(nnx.Module):
         def once(key: jax.Array | None) -> dict[str, jax.Array]:
             drawn = self.draw(x, known, key)
             p = self.decode(drawn, decoded_as)
-            size = drawn.log_library if known.log_size is None else known.log_size
+            size = log_size(drawn, known)
             return {
                 "z": drawn.z,
                 "library": drawn.log_library[:, None],
@@ -409,7 +409,7 @@ class SCVI(nnx.Module):
 
     def decode(self, drawn: Drawn, known: Covariates) -> CountDistribution:
         """p(x | z, library, covariates)."""
-        size = drawn.log_library if known.log_size is None else known.log_size
+        size = log_size(drawn, known)
         return self.vae.decode(drawn.z, size, known.injected, known.continuous, known.groups)
 
     def log_prob(self, x: Counts, p: CountDistribution) -> Float[Array, "cells"]:
@@ -418,7 +418,7 @@ class SCVI(nnx.Module):
 
     def mean_log_prob(self, x: Counts, drawn: Drawn, known: Covariates) -> Float[Array, ""]:
         """Log p(x) at a draw, mean over cells; for training on counts in blocks."""
-        size = drawn.log_library if known.log_size is None else known.log_size
+        size = log_size(drawn, known)
         return self.vae.mean_log_prob(x, drawn.z, size, known.injected, known.continuous, known.groups)
 
     def log_prob_of_types(self, x: Counts, drawn: Drawn, known: Covariates) -> Float[Array, "cells labels"]:
@@ -497,6 +497,11 @@ def draw_from(vae: CountVAE, q: Gaussian, key: jax.Array | None) -> jax.Array:
     if key is None:
         return vae.sample(q)
     return q.mean + jnp.exp(0.5 * q.logvar) * jax.random.normal(key, q.mean.shape, q.mean.dtype)
+
+
+def log_size(drawn: Drawn, known: Covariates) -> Float[Array, "cells"]:
+    """Log of what the gene fractions are multiplied by: the given size factor, else the library."""
+    return drawn.log_library if known.log_size is None else known.log_size
 
 
 def two_keys(key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:

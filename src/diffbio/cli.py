@@ -4,7 +4,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
@@ -287,36 +286,17 @@ def settings_from(path: Path) -> dict[str, Any]:
         ConfigError: it is no mapping of names to values, or gives a name twice.
         InputFileError: it cannot be read.
     """
-    import yaml
+    from .data.strict import strict_yaml
 
-    class Strict(yaml.SafeLoader):
-        """Refuses repeated names, of which YAML would silently keep the last, and values that refer to others."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for terabytes
-                msg = f"{path}: *{self.peek_event().anchor} refers to another value; write the value out"
-                raise ConfigError(msg)
-            return super().compose_node(parent, index)
-
-    def mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001 - PyYAML's
-        names = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
-            msg = f"{path}: setting {repeated[0]!r} is given twice; keep one"
-            raise ConfigError(msg)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-    # YAML 1.1, which PyYAML reads, takes 1e-3 for text
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Strict.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
+        content = path.read_text(encoding="utf-8")
     except OSError as error:
         msg = f"cannot be read ({error.strerror}); {path}; check the name after --config"
         raise InputFileError(msg) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{path} is not valid YAML: {' '.join(str(error).split())[:300]}"
+    except UnicodeDecodeError as error:
+        msg = f"{path} is not valid YAML: {error}"
         raise ConfigError(msg) from error
+    found = strict_yaml(content, path, error=ConfigError, name="setting")
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):

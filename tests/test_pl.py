@@ -6,7 +6,7 @@ import pytest
 from toy_cells import toy_cells
 
 from diffbio import pl, pp
-from diffbio.errors import MissingKeyError
+from diffbio.errors import DataError, MissingKeyError
 
 
 def results(n_cells=120, n_clusters=4):
@@ -148,3 +148,112 @@ def to_lab(linear):
     xyz = linear @ np.array(to_xyz).T / [0.95047, 1, 1.08883]
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+# ---- annotation
+def annotated(n_cells=120, *, types=("type 0", "type 1", "type 2"), cells=None):
+    """What tl.annotate leaves behind, made up: a tenth of the calls are wrong, some cells are unassigned."""
+    adata = toy_cells(n_cells) if cells is None else cells
+    rng = np.random.default_rng(0)
+    called = np.array([types[k] for k in np.arange(n_cells) % len(types)], dtype=object)
+    adata.obs["truth"] = called
+    called = np.where(rng.random(n_cells) < 0.1, types[0], called)
+    called[rng.random(n_cells) < 0.1] = "unassigned"
+    adata.obs["diffbio_cell_type"] = pd.Categorical(called)
+    adata.obs["diffbio_confidence"] = rng.beta(8, 2, n_cells).astype("f4")
+    genes = adata.var_names
+    pairs = [(t, genes[(3 * k + i) % len(genes)]) for k, t in enumerate(types) for i in range(3)]
+    adata.uns["diffbio"] = {"annotate": {
+        "types": np.array(types, dtype=object), "marker_types": np.array([t for t, _ in pairs], dtype=object),
+        "marker_genes": np.array([g for _, g in pairs], dtype=object),
+        "params": {"labels_key": "truth", "reference": "ref.h5ad", "model": "none", "min_confidence": 0.4},
+    }}  # fmt: skip
+    return adata
+
+
+def test_annotation_has_its_figures():
+    adata = annotated()
+    assert len(pl.annotate(adata, labels_key="truth")) == 3
+    assert len(pl.annotate(adata)) == 2
+    adata.obs["diffbio_cluster"] = pd.Categorical([str(k % 11) for k in range(120)])
+    rows = [label.get_text() for label in pl.confidence(adata).get_yticklabels()]
+    assert [row.partition(":")[0] for row in rows] == [str(k) for k in range(11)]  # 10 comes after 9
+    assert "type" in rows[0]
+    rows = [label.get_text() for label in pl.confidence(adata, clusters="diffbio_cell_type").get_yticklabels()]
+    assert rows == ["type 0", "type 1", "type 2", "unassigned"]
+    del adata.uns["diffbio"]["annotate"]["marker_genes"]
+    assert len(pl.annotate(adata)) == 1
+    with pytest.raises(MissingKeyError, match="names no markers"):
+        pl.markers(adata)
+    with pytest.raises(MissingKeyError, match="no column 'nowhere'"):
+        pl.confusion(adata, "nowhere")
+    with pytest.raises(MissingKeyError, match="no column 'diffbio_cell_type'"):
+        pl.annotate(toy_cells())
+
+
+def test_agreement_counts_what_can_be_compared():
+    adata = annotated(6)
+    adata.obs["diffbio_cell_type"] = ["a", "a", "b", "unassigned", "a", "b"]
+    adata.obs["truth"] = pd.Categorical(["a", "b", "b", "b", None, "Unknown"])
+    adata.uns["diffbio"]["annotate"]["types"] = np.array(["a", "b"], dtype=object)
+    found = pl.agreement(adata, "truth")
+    assert found["cells"] == 4
+    assert found["accuracy"] == 0.5
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found["strangers"] == []
+    assert not found["trained_on"]
+    from sklearn.metrics import f1_score
+
+    truth, called = ["a", "b", "b", "b"], ["a", "a", "b", "unassigned"]
+    assert found["macro_f1"] == pytest.approx(f1_score(truth, called, labels=["a", "b"], average="macro"))
+    adata.uns["diffbio"]["annotate"]["params"]["reference"] = "none"
+    assert pl.agreement(adata, "truth")["trained_on"]
+    assert "labels that training saw" in pl.confusion(adata, "truth").get_title()
+    adata.obs["truth"] = "Unknown"
+    with pytest.raises(DataError, match="holds no label"):
+        pl.confusion(adata, "truth")
+
+
+def test_the_diagonal_of_the_confusion_is_agreement():
+    adata = annotated()
+    ax = pl.confusion(adata, "truth")
+    share = ax.images[0].get_array()
+    np.testing.assert_allclose(share.sum(axis=1), 1)
+    assert share.argmax(axis=1).tolist() == [0, 1, 2]
+    assert ax.get_xticklabels()[-1].get_text() == "unassigned"
+    # other names for the same types: paired by their cells, and said to be no types
+    adata.obs["upper"] = [{"type 0": "Z", "type 1": "A", "type 2": "M"}[name] for name in adata.obs["truth"]]
+    ax = pl.confusion(adata, "upper")
+    assert ax.images[0].get_array().argmax(axis=1).tolist() == [0, 1, 2]
+    assert "3 of 3 labels are no names of types" in ax.get_title()
+
+
+def test_dots_are_shares_and_means_of_log_counts():
+    from diffbio.data.transform import shifted_log
+    from diffbio.pl.annotation import _expression
+
+    adata = annotated()
+    codes = adata.obs["diffbio_cell_type"].cat.codes.to_numpy().astype(int)
+    logged = shifted_log(adata.X, total=1e4).toarray()[:, [7, 2]]
+    share = np.array([(logged[codes == k] > 0).mean(axis=0) for k in range(4)])
+    mean = np.array([logged[codes == k].mean(axis=0) for k in range(4)])
+    dense = adata.copy()
+    dense.X = dense.X.toarray()
+    for cells in (adata, dense):
+        found = _expression(cells, [7, 2], codes, 4, None)
+        np.testing.assert_allclose(found[0], share, rtol=1e-6)
+        np.testing.assert_allclose(found[1], mean, rtol=1e-5)  # float32
+    ax = pl.markers(adata, {"type 0": ["gene7", "no such gene"], "type 1": ["gene2"]})
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["gene7", "gene2"]
+    with pytest.raises(DataError, match="none of the markers"):
+        pl.markers(adata, {"type 0": ["no such gene"]})
+
+
+def test_many_types_and_hard_names_are_drawn():
+    names = tuple(f"a population ${'x' * k}_ with a long name / and a slash {k}" for k in range(50))
+    adata = annotated(200, types=names)
+    axes = pl.annotate(adata, labels_key="truth")
+    axes[0].figure.draw_without_rendering()
+    few = annotated(3)
+    few.X = few.X * 0
+    assert len(pl.annotate(few, labels_key="truth")) == 3

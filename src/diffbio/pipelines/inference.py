@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy import sparse
@@ -54,6 +55,25 @@ class MappedSource:
     def order(self, rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
         """As in the source beneath."""
         return self.source.order(rng, rows)
+
+
+PER_GENE = frozenset({"counts", "ambient_profile"})
+
+
+def with_missing_genes(source: Source, columns: np.ndarray) -> Source:
+    """A source of the genes that were found, as one of all genes of a model; what is missing counts as zero.
+
+    columns: of `data.names.align_genes`: -1 where a gene is missing.
+    """
+    present = np.flatnonzero(columns >= 0)
+    if len(present) == len(columns):
+        return source
+
+    def spread(batch: dict[str, Any]) -> dict[str, Any]:
+        empty = {k: jnp.zeros((*v.shape[:-1], len(columns)), v.dtype) for k, v in batch.items() if k in PER_GENE}
+        return {**batch, **{k: zeros.at[..., present].set(batch[k]) for k, zeros in empty.items()}}
+
+    return MappedSource(source, spread)
 
 
 def in_memory(source: Source, n_cells: int, *, seed: int) -> Source:

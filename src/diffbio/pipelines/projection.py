@@ -1,10 +1,8 @@
 """New cells through a fitted pipeline, found by the names of genes and batches; nothing is fitted again."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..data.guard import sniff
@@ -15,7 +13,7 @@ from ..data.read import read
 from ..errors import ConfigError, MissingKeyError, ModelFileError
 from ..recording import recording
 from .analysis import Analysis, Prepared
-from .inference import MappedSource
+from .inference import with_missing_genes
 from .run import STAGES, RunSettings, checked, opened_source
 from .single_cell import SingleCellPipeline
 
@@ -78,14 +76,7 @@ def _prepared(data: "AnnData | str | Path", pipeline: SingleCellPipeline, run: R
     source = opened_source(data, found.places, columns[present], found.matrix.shape[1])
     _add_batches(source, found.obs, pipeline, run.batch_key)
     labels = None if run.label_key is None else label_codes(found.obs, run.label_key)[0]
-    if len(present) < len(columns):
-
-        def spread(batch: Mapping[str, Any]) -> dict[str, Any]:
-            width = {"counts", "ambient_profile"}
-            empty = {k: jnp.zeros((*v.shape[:-1], len(columns)), v.dtype) for k, v in batch.items() if k in width}
-            return {**batch, **{k: zeros.at[..., present].set(batch[k]) for k, zeros in empty.items()}}
-
-        source = MappedSource(source, spread)
+    source = with_missing_genes(source, columns)
     skipped = {stage: "not part of the model" for stage, name in STAGES.items() if getattr(pipeline, name) is None}
     return Prepared(
         source, columns[present], tuple(np.asarray(pipeline.genes)[present]), found.matrix.shape[1],

@@ -206,31 +206,41 @@ class Checked(NamedTuple):
 
 
 def checked(data: AnnData | str | Path, run: RunSettings) -> Checked:
+    """Tables and counts of a data set, and its ambient profile.
+
+    Raises:
+        DataError: naming what is wrong.
+    """
+    found = checked_counts(data, layer=run.layer, allow_non_integer=run.allow_non_integer)
+    profile = _profile(found.var, run.ambient_profile)
+    if profile is None:
+        return found
+    check_ambient_profile(profile, found.matrix.shape[1])
+    place = f"var/{run.ambient_profile or slots.AMBIENT_PROFILE}"
+    return found._replace(places={**found.places, "ambient_profile": place})
+
+
+def checked_counts(data: AnnData | str | Path, *, layer: str | None, allow_non_integer: bool) -> Checked:
     """Tables and counts of a data set.
 
     Raises:
         DataError: naming what is wrong.
     """
     obs, var, names, _, _ = tables_of(data)
-    if run.layer is not None and run.layer not in names["layers"]:
+    if layer is not None and layer not in names["layers"]:
         others = ", ".join(names["layers"])
         fix = f"it has {others}; name one of them (--layer)" if others else "there are none"
-        msg = f"layers has no {run.layer!r}; {fix}, or leave the layer out to use X"
+        msg = f"layers has no {layer!r}; {fix}, or leave the layer out to use X"
         raise MissingKeyError(msg)
-    matrix = counts_of(data, layer=run.layer)
+    matrix = counts_of(data, layer=layer)
     summary = check_counts(
         matrix,
-        name="X" if run.layer is None else f"layers[{run.layer!r}]",
+        name="X" if layer is None else f"layers[{layer!r}]",
         obs_names=obs.index,
         var_names=var.index,
-        uns=names["uns"] if run.layer is None else (),
-        allow_non_integer=run.allow_non_integer,
+        uns=names["uns"] if layer is None else (),
+        allow_non_integer=allow_non_integer,
     )
-    places = {"counts": "X" if run.layer is None else f"layers/{run.layer}"}
-    profile = _profile(var, run.ambient_profile)
-    if profile is not None:
-        places["ambient_profile"] = f"var/{run.ambient_profile or slots.AMBIENT_PROFILE}"
-        check_ambient_profile(profile, matrix.shape[1])
     counts = {
         "cells": summary.n_cells,
         "genes": summary.n_genes,
@@ -238,7 +248,7 @@ def checked(data: AnnData | str | Path, run: RunSettings) -> Checked:
         "largest": summary.maximum,
         "nonzero": summary.n_nonzero,
     }
-    return Checked(obs, var, matrix, places, counts)
+    return Checked(obs, var, matrix, {"counts": "X" if layer is None else f"layers/{layer}"}, counts)
 
 
 def opened_source(data: AnnData | str | Path, places: Mapping[str, str], genes: np.ndarray, n_genes: int) -> Any:

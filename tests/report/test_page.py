@@ -1,19 +1,26 @@
 import re
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_pl import results
+from test_pl import annotated, results
 from toy_cells import toy_cells
 
 from diffbio.errors import OutputError
-from diffbio.report.figures import save_figures
+from diffbio.report.figures import figures_of, save_figures
 from diffbio.report.page import assessment, notes_of, page, text, write_report
 
 EVIL = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style></title></script>",
     "javascript:alert(1)", "\u202eevil\x00", "x" * 10_000, "=cmd()", "{{7*7}}", "&lt;b&gt;",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
 
 
 class Reader(HTMLParser):
@@ -110,3 +117,80 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(results(), tmp_path / "no" / "r.html")
     assert not list(tmp_path.glob(".*"))
+
+
+def words(html):
+    return re.sub(r"<[^>]+>", " ", re.sub('base64,[^"]*', "", html))
+
+
+def test_an_annotation_has_its_numbers_and_figures():
+    adata = annotated()
+    said = words(page(adata))
+    assert "Cell types" in said
+    n_unassigned = int((adata.obs["diffbio_cell_type"] == "unassigned").sum())
+    assert 0 < n_unassigned < 30
+    assert f"{120 - n_unassigned} of 120 cells" in said
+    assert f"{n_unassigned} cells ({n_unassigned / 120:.1%})" in said
+    assert f"{adata.obs['diffbio_confidence'].mean():.3f}" in said
+    accuracy = (adata.obs["diffbio_cell_type"].astype(str) == adata.obs["truth"]).mean()
+    assert f"accuracy {accuracy:.3f}, macro-F1 " in said
+    assert "over 120 labelled cells; unassigned ones count as wrong" in said
+    assert "trained on these labels" not in said
+    names = set(figures_of(adata))
+    assert names == {"types_and_labels", "confidence", "markers"}
+    adata.uns["diffbio"]["annotate"]["params"] |= {"reference": "none", "mode": "scanvi"}
+    assert "trained on these labels: this is no measure" in words(page(adata))
+    adata.obs["truth"] = [f"{name} (Smith 2020)" for name in adata.obs["truth"]]
+    assert "labels that are no types" in words(page(adata))
+
+
+def test_an_annotation_without_labels_or_markers():
+    adata = annotated()
+    adata.obs["truth"] = "Unknown"
+    adata.uns["diffbio"]["annotate"] = {"params": "a text"}
+    assert set(figures_of(adata)) == {"confidence"}
+    assert "agreement with" not in words(page(adata))
+    del adata.obs["diffbio_confidence"]
+    assert set(figures_of(adata)) == set()
+    adata.obs["diffbio_cell_type_voted"] = "type 0"
+    assert "changed by majority voting" in words(page(adata))
+    assert "Cell types" not in page(annotated()[:0].copy())
+
+
+def test_an_annotation_after_a_pipeline_colours_the_map():
+    adata = results()
+    adata.uns["diffbio"] |= annotated().uns["diffbio"]
+    adata.obs["diffbio_cell_type"], adata.obs["diffbio_confidence"] = "type 0", 0.5
+    names = set(figures_of(adata))
+    assert {"umap_diffbio_cell_type", "types_and_labels", "confidence", "markers", "cluster_sizes"} <= names
+
+
+def test_hostile_names_of_types_stay_text():
+    adata = annotated()
+    evil = np.array(EVIL, dtype=object)
+    adata.obs["diffbio_cell_type"] = evil[np.arange(120) % len(evil)]
+    adata.obs["truth"] = evil[(np.arange(120) // 2) % len(evil)]
+    adata.obs = adata.obs.rename(columns={"truth": EVIL[0]})
+    record = adata.uns["diffbio"]["annotate"]
+    record["params"] = {"labels_key": EVIL[0], "mode": EVIL[1], "reference": EVIL[2], "model": evil}
+    record |= {"input": EVIL[0], "types": evil, "marker_types": evil[[0, 1]], "versions": {EVIL[1]: EVIL[2]}}
+    record["marker_genes"] = np.array(["gene1", EVIL[3]], dtype=object)
+    html = page(adata)
+    clean = read_page(page(annotated()))
+    assert set(read_page(html).tags) <= set(clean.tags) | {"details", "summary"}
+    assert {a[:2] for a in read_page(html).attributes} == {a[:2] for a in clean.attributes}
+    assert "\u202e" not in html
+    assert "\x00" not in html
+
+
+def test_the_figures_of_a_file_on_disk_are_those_in_memory(tmp_path):
+    from anndata.io import read_h5ad
+
+    from diffbio.report.figures import drawing, png
+
+    adata = annotated()
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    backed = read_h5ad(tmp_path / "out.h5ad", backed="r")
+    with drawing():
+        for name, figure in figures_of(backed).items():
+            assert png(figure) == png(figures_of(adata)[name]), name

@@ -13,6 +13,10 @@ from .analysis import pipeline as pipeline
 from .analysis import stages_of as stages_of
 from .analysis import training as training
 from .analysis import vae as vae
+from .annotation import CELL_TYPE as CELL_TYPE
+from .annotation import CONFIDENCE as CONFIDENCE
+from .annotation import UNASSIGNED as UNASSIGNED
+from .annotation import VOTED as VOTED
 from .annotation import agreement as agreement
 from .annotation import annotate as annotate
 from .annotation import confidence as confidence

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-CELL_TYPE, CONFIDENCE, CLUSTER = "diffbio_cell_type", "diffbio_confidence", "diffbio_cluster"
-NO_TYPE = ("Heterogeneous", "other", "unassigned", "not known")  # come last, in this order
+CELL_TYPE, CONFIDENCE, VOTED = "diffbio_cell_type", "diffbio_confidence", "diffbio_cell_type_voted"
+CLUSTER = "diffbio_cluster"
+UNASSIGNED = "unassigned"
+NO_TYPE = ("Heterogeneous", "other", UNASSIGNED, "not known")  # come last, in this order
 UNLABELLED = frozenset({"Unknown", "unknown", "NA", "nan", ""})
 PER_GENE, PER_ROW = 0.19, 0.27  # inches
 COUNTS_UP_TO = 30  # types with the numbers of cells written in the fields
@@ -195,21 +197,24 @@ def agreement(adata: "AnnData", labels_key: str) -> dict[str, Any]:
         none that the annotator knows, so that their cells count as wrong whatever they are called. trained_on:
         whether the annotator was trained on these very labels, which then say little about other cells.
     """
+    import pandas as pd
+
     truth, called = _pairs(adata, labels_key)
-    kinds = sorted(set(truth))
+    codes, names = pd.factorize(np.concatenate([truth, called]))
+    wanted, got = codes[: len(truth)], codes[len(truth) :]
+    n_wanted, n_got = (np.bincount(side, minlength=len(names)) for side in (wanted, got))
+    right = np.bincount(wanted[wanted == got], minlength=len(names))
+    f1 = 2 * right[n_wanted > 0] / (n_wanted + n_got)[n_wanted > 0]
     known = set(called) | set(_names_in(record_of(adata, "annotate"), "types"))
-    f1 = []
-    for kind in kinds:
-        here, there = truth == kind, called == kind
-        f1.append(2 * float((here & there).sum()) / float(here.sum() + there.sum()))
     params = record_of(adata, "annotate").get("params", {})
-    said = {key: str(params.get(key, "none")) for key in ("labels_key", "reference", "model", "markers")}
+    said = dict.fromkeys(("labels_key", "reference", "model", "markers"), "none")
+    said |= {key: str(params[key]) for key in said if hasattr(params, "get") and key in params}
     elsewhere = any(said[key] not in ("none", "None", "") for key in ("reference", "model", "markers"))
     return {
         "cells": len(truth),
-        "accuracy": float((truth == called).mean()) if len(truth) else float("nan"),
-        "macro_f1": float(np.mean(f1)) if f1 else float("nan"),
-        "strangers": [kind for kind in kinds if kind not in known],
+        "accuracy": float((wanted == got).mean()) if len(truth) else float("nan"),
+        "macro_f1": float(f1.mean()) if len(f1) else float("nan"),
+        "strangers": sorted(set(truth) - known),
         "trained_on": said["labels_key"] == labels_key and not elsewhere,
     }
 

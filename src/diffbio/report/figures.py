@@ -7,16 +7,17 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import pl
-from ..errors import OutputError
+from ..errors import DataError, OutputError
 from ..scratch import remove, scratch_beside
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DEMO_FILES = frozenset({
@@ -30,13 +31,16 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
     """Every figure that the results in `adata` allow, by name."""
     drawn: dict[str, Any] = {}
     if "X_diffbio_umap" in adata.obsm and adata.n_obs:
-        names: list[str | None] = [*pl.colors_of(adata, label_key(adata))] or [None]
+        called = pl.CELL_TYPE if pl.CELL_TYPE in adata.obs else None
+        names: list[str | None] = [*pl.colors_of(adata, called, label_key(adata))] or [None]
         for name in names:
             drawn[f"umap_{name}" if name else "umap"] = pl.embed(adata, color=name)
     if "diffbio_cluster" in adata.obs:
         drawn["cluster_sizes"] = pl.cluster(adata)
     if "diffbio_ambient_fraction" in adata.obs:
         drawn["ambient"] = pl.ambient(adata)
+    if pl.CELL_TYPE in adata.obs and adata.n_obs:
+        drawn |= _annotation(adata)
     figures = {name: ax.figure for name, ax in drawn.items()}
     if stages := pl.stages_of(adata):
         figures["training"] = _training(adata, stages)
@@ -45,9 +49,15 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
 
 def label_key(adata: "AnnData") -> str | None:
     """The column of `obs` that the run compared its clusters with."""
-    params = pl.record_of(adata, "pipeline").get("params", {})
-    key = params.get("label_key") if hasattr(params, "get") else None
-    return key if isinstance(key, str) and key in adata.obs else None
+    return _column_named(adata, "pipeline", "label_key")
+
+
+def labels_of_types(adata: "AnnData") -> str | None:
+    """The column of `obs` that the called types can be compared with: labels that some of the cells have."""
+    for key in (_column_named(adata, "annotate", "labels_key"), label_key(adata)):
+        if key is not None and pl.agreement(adata, key)["cells"]:
+            return key
+    return None
 
 
 def save_figures(adata: "AnnData", folder: str | Path) -> list[Path]:
@@ -113,6 +123,23 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OutputError(msg) from error
     finally:
         remove(scratch)
+
+
+def _column_named(adata: "AnnData", function: str, setting: str) -> str | None:
+    params = pl.record_of(adata, function).get("params", {})
+    key = params.get(setting) if hasattr(params, "get") else None
+    return key if isinstance(key, str) and key in adata.obs else None
+
+
+def _annotation(adata: "AnnData") -> "dict[str, Axes]":
+    drawn: dict[str, Axes] = {}
+    if key := labels_of_types(adata):
+        drawn["types_and_labels"] = pl.confusion(adata, key)
+    if pl.CONFIDENCE in adata.obs:
+        drawn["confidence"] = pl.confidence(adata)
+    with suppress(DataError):  # none were written, or none is among these genes
+        drawn["markers"] = pl.markers(adata)
+    return drawn
 
 
 def _training(adata: "AnnData", stages: list[str]) -> "Figure":

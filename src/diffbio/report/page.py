@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import pl
-from .figures import drawing, figures_of, inline, write_whole
+from .figures import drawing, figures_of, inline, labels_of_types, write_whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,7 +39,11 @@ TITLES = {
     "cluster_sizes": "Cluster sizes",
     "ambient": "Ambient RNA",
     "training": "Training",
+    "types_and_labels": "Called types against labels",
+    "confidence": "Confidence of the calls",
+    "markers": "Marker genes",
 }
+OF_TYPES = ("types_and_labels", "confidence", "markers")  # figures of tl.annotate
 FACTS = {
     "input": "input file",
     "input_sha256": "sha256 of the input",
@@ -63,20 +67,22 @@ def write_report(adata: "AnnData", path: str | Path) -> Path:
 
 def page(adata: "AnnData") -> str:
     """The page as text: warnings and what did not run first, then numbers, figures, settings and versions."""
-    record = pl.record_of(adata, "pipeline")
+    record, annotation = pl.record_of(adata, "pipeline"), pl.record_of(adata, "annotate")
+    source = record.get("input", annotation.get("input", ""))
     with drawing():
         pictures = {name: inline(figure) for name, figure in figures_of(adata).items()}
     maps = [name for name in pictures if name.startswith("umap")]
-    others = [name for name in pictures if name not in maps and name != "training"]
+    others = [name for name in pictures if name not in (*maps, *OF_TYPES, "training")]
     parts = [
-        f"<h1>diffbio report{': ' + text(record['input']) if 'input' in record else ''}</h1>",
+        f"<h1>diffbio report{': ' + text(source) if len(str(source)) else ''}</h1>",
         _notes(notes_of(adata)),
         _section("Run", _table(_facts(adata, record))),
         _section("Maps", _figures(pictures, maps)),
+        _section("Cell types", _table(_annotation(adata)) + _figures(pictures, list(OF_TYPES)) + _types(adata)),
         _section("Results", _figures(pictures, others) + _clusters(adata)),
         _section("Training", _figures(pictures, ["training"]) + _list(assessment(adata))),
         _section("Settings", _table(_items(record.get("params", {})))),
-        _section("Versions", _table(_items(record.get("versions", {})))),
+        _section("Versions", _table(_items(record.get("versions", annotation.get("versions", {}))))),
         _section("Other steps", _other_steps(adata)),
     ]
     return (
@@ -162,22 +168,60 @@ def _facts(adata: "AnnData", record: Any) -> list[tuple[str, Any]]:
     return rows + [(shown, record[key]) for key, shown in FACTS.items() if key in record]
 
 
+def _annotation(adata: "AnnData") -> list[tuple[str, Any]]:
+    """How the cells were annotated, how many are, and how that agrees with labels."""
+    if pl.CELL_TYPE not in adata.obs or not adata.n_obs:
+        return []
+    record = pl.record_of(adata, "annotate")
+    params = record.get("params", {})
+    rows = [(key, params[key]) for key in ("mode", "reference", "model", "markers")
+            if hasattr(params, "get") and str(params.get(key, "none")) not in ("none", "")]  # fmt: skip
+    called = np.asarray(adata.obs[pl.CELL_TYPE].astype(str))
+    n_unassigned = int((called == pl.UNASSIGNED).sum())
+    rows.append(("annotated", f"{len(called) - n_unassigned:,} of {len(called):,} cells"))
+    rows.append(("unassigned", f"{n_unassigned:,} cells ({n_unassigned / len(called):.1%})"))
+    if pl.CONFIDENCE in adata.obs:
+        rows.append(("mean confidence", f"{np.nanmean(np.asarray(adata.obs[pl.CONFIDENCE], float)):.3f}"))
+    if pl.VOTED in adata.obs:
+        changed = int((np.asarray(adata.obs[pl.VOTED].astype(str)) != called).sum())
+        rows.append(("changed by majority voting", f"{changed:,} cells (in {pl.VOTED}; the rest here is before it)"))
+    if key := labels_of_types(adata):
+        found = pl.agreement(adata, key)
+        scores = f"accuracy {found['accuracy']:.3f}, macro-F1 {found['macro_f1']:.3f}"
+        cells = f"{found['cells']:,} labelled cells; unassigned ones count as wrong"
+        rows.append((f"agreement with {key}", f"{scores}, over {cells}"))
+        if found["trained_on"]:
+            rows.append(("mind", "It was trained on these labels: this is no measure of how it does on other cells."))
+        if found["strangers"]:
+            rows.append(("labels that are no types", found["strangers"]))
+    return rows
+
+
+def _types(adata: "AnnData") -> str:
+    return _groups(adata, pl.CELL_TYPE, pl.CONFIDENCE, "type", "confidence")
+
+
 def _clusters(adata: "AnnData") -> str:
-    if "diffbio_cluster" not in adata.obs or not adata.n_obs:
+    return _groups(adata, "diffbio_cluster", "diffbio_cluster_max_prob", "cluster", "probability")
+
+
+def _groups(adata: "AnnData", key: str, sureness: str, what: str, of_what: str) -> str:
+    """A table of groups of cells: how many there are, and how sure their cells."""
+    if key not in adata.obs or not adata.n_obs:
         return ""
-    names, codes = pl.codes_of(adata.obs["diffbio_cluster"])
-    sure = adata.obs.get("diffbio_cluster_max_prob")
+    names, codes = pl.codes_of(adata.obs[key])
+    sure = adata.obs.get(sureness)
     sizes = np.bincount(codes, minlength=len(names))
     weight = np.ones(len(codes)) if sure is None else np.nan_to_num(np.asarray(sure, float))
     means = np.bincount(codes, weight, minlength=len(names)) / np.maximum(sizes, 1)
-    head = "<tr><th>cluster<th>cells<th>share" + ("" if sure is None else "<th>mean probability") + "</tr>"
+    head = f"<tr><th>{what}<th>cells<th>share" + ("" if sure is None else f"<th>mean {of_what}") + "</tr>"
     rows = [
         f'<tr><td>{text(names[k])}<td class="number">{sizes[k]:,}'
         f'<td class="number">{sizes[k] / len(codes):.1%}'
         + ("" if sure is None else f'<td class="number">{means[k]:.3f}')
         for k in range(min(len(names), MOST_ROWS))
     ]
-    return f"<details><summary>Table of clusters</summary><table>{head}{''.join(rows)}</table></details>"
+    return f"<details><summary>Table of {what}s</summary><table>{head}{''.join(rows)}</table></details>"
 
 
 def _other_steps(adata: "AnnData") -> str:

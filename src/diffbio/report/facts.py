@@ -35,17 +35,17 @@ def facts_of(path: Path) -> Iterator[str]:
         layers |= {f"layers/{name}": counts_of(path, layer=name) for name in names["layers"]}
     else:
         layers = {"X": read(path).X}
-    memory = f"{_bytes(size)} in memory, {_bytes(free_memory())} free"
+    memory = f"{bytes_text(size)} in memory, {bytes_text(free_memory())} free"
     yield f"{path}: {kind}, {len(obs):,} cells x {len(var):,} genes, {memory}"
     for name, matrix in layers.items():
         yield f"  {name}: {_kind_of(matrix)}"
     for slot in ("obsm", "obsp", "uns"):
         if names[slot]:
-            yield f"  {slot}: {_names(names[slot])}"
+            yield f"  {slot}: {names_text(names[slot])}"
     for name in obs.columns:
         yield f"  obs/{name}: {_column(obs[name])}"
     if len(var.columns):
-        yield f"  var: {_names(list(map(str, var.columns)))}"
+        yield f"  var: {names_text(list(map(str, var.columns)))}"
 
 
 def facts_of_this_machine() -> Iterator[str]:
@@ -59,7 +59,7 @@ def facts_of_this_machine() -> Iterator[str]:
     for device in jax.devices():
         yield f"device: {device.platform} {device.device_kind}"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield f"processors: {usable} usable of {os.cpu_count()}; memory free: {_bytes(free_memory())}"
+    yield f"processors: {usable} usable of {os.cpu_count()}; memory free: {bytes_text(free_memory())}"
     folder = jax.config.jax_compilation_cache_dir
     state = (
         "off" if not folder else f"{folder} ({'writable' if os.access(folder, os.W_OK) else 'NOT writable'})"
@@ -131,15 +131,17 @@ def _column(column: Any) -> str:
     sizes = column.astype(str).value_counts()
     missing = int(column.isna().sum())
     shown = [f"{name} ({size:,})" for name, size in sizes.items()]
-    return f"{len(sizes)} values: {_names(shown)}" + (f"; {missing:,} missing" if missing else "")
+    return f"{len(sizes)} values: {names_text(shown)}" + (f"; {missing:,} missing" if missing else "")
 
 
-def _names(names: list[str]) -> str:
+def names_text(names: list[str]) -> str:
+    """The first names, printable and not too long, and how many there are."""
     shown = ", ".join(
         "".join(c if c.isprintable() else "?" for c in name)[:60] for name in names[:MOST_NAMES]
     )
     return shown + (f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else "")
 
 
-def _bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
+    """A size in MB or GB."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

@@ -221,6 +221,10 @@ def test_the_diagonal_of_the_confusion_is_agreement():
     np.testing.assert_allclose(share.sum(axis=1), 1)
     assert share.argmax(axis=1).tolist() == [0, 1, 2]
     assert ax.get_xticklabels()[-1].get_text() == "unassigned"
+    adata.obs["diffbio_cell_type"] = adata.obs["diffbio_cell_type"].astype(str).replace("type 1", "type 2")
+    ax = pl.confusion(adata, "truth")  # a type that no cell was called keeps its place
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["type 0", "type 1", "type 2", "unassigned"]
+    adata = annotated()
     # other names for the same types: paired by their cells, and said to be no types
     adata.obs["upper"] = [{"type 0": "Z", "type 1": "A", "type 2": "M"}[name] for name in adata.obs["truth"]]
     ax = pl.confusion(adata, "upper")

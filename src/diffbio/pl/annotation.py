@@ -265,7 +265,8 @@ def _confusion(adata: "AnnData", labels_key: str) -> Confusion:
     if not len(truth):
         msg = f"obs[{labels_key!r}] holds no label; pass a column of obs with the types of the cells"
         raise DataError(msg)
-    order = [*_names_in(record_of(adata, "annotate"), "types"), *codes_of(adata.obs[labels_key])[0]]
+    types = _names_in(record_of(adata, "annotate"), "types")
+    order = [*types, *codes_of(adata.obs[labels_key])[0]]
     names = [*dict.fromkeys([name for name in order if name in set(truth) | set(called)]), *sorted(set(called))]
     names = list(dict.fromkeys(names))
     number = {name: k for k, name in enumerate(names)}
@@ -274,8 +275,9 @@ def _confusion(adata: "AnnData", labels_key: str) -> Confusion:
     rows, columns = codes.reshape(2, -1)
     full = np.zeros((len(names), len(names)), int)
     np.add.at(full, (rows, columns), 1)
-    i = sorted(np.flatnonzero(full.sum(axis=1)).tolist(), key=lambda k: _last(names[k]))
-    j = sorted(np.flatnonzero(full.sum(axis=0)).tolist(), key=lambda k: _last(names[k]))
+    missed = np.array([name in types for name in names]) & full.any(axis=1)  # that no cell was called: a column of 0
+    i = sorted(np.flatnonzero(full.any(axis=1)).tolist(), key=lambda k: _last(names[k]))
+    j = sorted(np.flatnonzero(full.any(axis=0) | missed).tolist(), key=lambda k: _last(names[k]))
     i, j = _on_the_diagonal(full, i, j, names)
     return Confusion([names[k] for k in i], [names[k] for k in j], full[np.ix_(i, j)])
 

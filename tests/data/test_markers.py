@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffbio.data.markers import as_markers, marker_matrix, read_markers
@@ -99,6 +99,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_markers(tmp_path / "latin.csv")
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.text(max_size=80), st.sampled_from([".csv", ".tsv", ".yaml", ".json", ".gmt", ".txt", ""]))
 def test_any_text_is_read_or_refused(tmp_path_factory, text, suffix):
     path = tmp_path_factory.mktemp("m") / f"m{suffix}"

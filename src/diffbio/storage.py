@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def save_folder(path: str | Path, header: dict[str, Any], arrays: dict[str, np.n
     np.empty(2 * sum(value.nbytes for value in arrays.values()), np.uint8)
     weights = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
     digest = {WEIGHTS: hashlib.sha256(weights).hexdigest()}
-    header = {"format_version": FORMAT_VERSION, "sha256": digest, **header}
+    header = {"format_version": FORMAT_VERSION, "diffbio_version": version("diffbio"), "sha256": digest, **header}
     digest[HEADER] = _digest(header)
     text = json.dumps(header, indent=1)
     scratch = None
@@ -131,7 +132,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         msg = f"load: {path} has format {version!r}, this diffbio reads up to {FORMAT_VERSION}; upgrade diffbio."
         raise ModelFileError(msg)
-    if header["sha256"].get(HEADER, own := _digest(header)) != own:  # models of others have no entry for it
+    digests, own = header["sha256"], _digest(header)
+    # models of others have no entry for the header itself
+    if set(digests) - {WEIGHTS, HEADER} or digests.get(HEADER, own) != own:
         msg = f"load: {path} is damaged or was edited (its sha256 differs); use another copy."
         raise ModelFileError(msg)
     return header

@@ -18,7 +18,7 @@ from scipy import sparse
 from toy_cells import toy_cells
 
 import diffbio
-from diffbio.cli import _Terminated, explain, run_command, settings_from
+from diffbio.cli import Terminated, explain, run_command, settings_from
 from diffbio.data import read, write_results
 from diffbio.errors import ConfigError, DeviceMemoryError, TrainingDivergedError
 
@@ -556,7 +556,7 @@ def test_stop_and_go_on_gives_what_an_undisturbed_run_gives(tmp_path, capsys, mo
     }
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (_Terminated, 143)])
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_a_signal_outside_training_tells_how_to_go_on(capsys, tmp_path, cells, out, monkeypatch, error, code):
     (tmp_path / "run.yaml").write_text(ONE_STAGE.replace("max_epochs: 400", "max_epochs: 1"))
 

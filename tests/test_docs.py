@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from toy_cells import toy_cells
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,7 +99,17 @@ def scvi_tools_page():
     return {}
 
 
-PRELUDES = {"single_cell_pipeline.md": pipeline_page, "scvi_tools_models.md": scvi_tools_page}
+def annotation_page():
+    """Annotated cells, and others."""
+    cells = toy_cells(200)
+    return {"reference": cells[:120].copy(), "query": cells[120:160].copy(), "more": cells[160:].copy()}
+
+
+PRELUDES = {
+    "single_cell_pipeline.md": pipeline_page,
+    "scvi_tools_models.md": scvi_tools_page,
+    "cell_type_annotation.md": annotation_page,
+}
 # An elision that a reader fills in: the one place where a block is not run word for word.
 ELISIONS = {"jnp.array([0, 0, 1, 1, 2, ...])": "jnp.array([0, 0, 1, 1, 2])"}
 

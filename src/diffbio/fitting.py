@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from . import storage
+from .chunks import in_chunks, joined
 from .data.file_source import FileSource
 from .data.source import Source, as_source
 from .data.validate import check_ambient_profile, check_counts
@@ -17,7 +19,7 @@ from .errors import ConfigError, DataWarning
 from .history import History
 from .operators.base import Operator, axes
 from .parallel import Devices
-from .train import Schedule, Settings, train
+from .train import Schedule, Settings, dense_on_device, train
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -100,8 +102,23 @@ def fit(
         schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
         devices=devices,
     )
+    if hasattr(model, "finish_from"):
+        model.finish_from(_positions(model, source))
     model.mark_fitted()
     return history
+
+
+def _positions(model: Operator, source: Source) -> dict[str, np.ndarray]:
+    """What `finish_from` wants to know of every cell."""
+    graph, state = nnx.split(model)
+
+    def positions(state: Any, batch: Any) -> dict[str, jax.Array]:
+        return nnx.merge(graph, state).positions(dense_on_device(batch))  # type: ignore[attr-defined]
+
+    run = jax.jit(positions)
+    if not jax.eval_shape(positions, state, source.take(np.arange(1))):
+        return {}
+    return joined(in_chunks(lambda batch, number: run(state, batch), source))
 
 
 def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None) -> Source:
@@ -111,6 +128,8 @@ def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None
         MissingKeyError: a required key is absent.
         DataError: it has another kind or size than the model declares.
     """
+    if isinstance(data, Mapping):
+        data = model.for_training(dict(data))
     per_cell = {key for key, hint in model.requires.items() if "cells" in axes(hint)}
     places = {"counts": "X", **keys} if keys is not None else None
     source = as_source(data, cell_keys=per_cell, constant_keys=set(model.requires) - per_cell, mapping=places)

@@ -159,6 +159,15 @@ def row_chunks(
         yield start, block if isinstance(block, Rows) else _dense_rows(block)
 
 
+def library_sizes(matrix: Any) -> NDArray[np.float32]:
+    """Return the counts of every cell over all genes, (cells,), in one pass over a matrix that may lie on disk."""
+    sizes = np.zeros(matrix.shape[0], np.float32)
+    for start, rows in row_chunks(matrix):
+        n = len(rows.starts) - 1
+        sizes[start : start + n] = np.bincount(rows.row_of_value, rows.values, minlength=n)
+    return sizes
+
+
 def _dense_rows(block: NDArray[Any]) -> Rows:
     row, column = np.nonzero(block)  # NaN is not 0 and stays
     starts = np.searchsorted(row, np.arange(len(block) + 1))

@@ -101,7 +101,9 @@ class Operator(nnx.Module):
     dropout, drawn from the operator's own `nnx.Rngs`.
 
     What can be trained defines `objective(data, **schedules) -> (loss, metrics)`. What starts from data
-    defines `init_from(data)`. Until trained, `fitted` is False and `apply` names the outputs in
+    defines `init_from(data)`. What has a last step after training defines `positions(data)`, small arrays with a row
+    per cell, and `finish_from(positions)`, which gets those of all cells on the host. What `for_training(data)` gives
+    is trained on in place of a dict of the user's. Until trained, `fitted` is False and `apply` names the outputs in
     `metadata["unfitted"]`.
     """
 
@@ -116,6 +118,7 @@ class Operator(nnx.Module):
     smooth_in: ClassVar[list[str]]
     smooth_out: ClassVar[list[str]]
     init_cells: ClassVar[int | None] = None  # how many cells init_from wants to see at most; None: all
+    cell_numbers: ClassVar[frozenset[str]] = frozenset()  # inputs that hold row numbers of cells
     sparse_keys: ClassVar[frozenset[str]] = frozenset()  # inputs that `objective` takes as `SparseRows` too
     fit_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of diffbio.fit that suit the method
 
@@ -160,6 +163,10 @@ class Operator(nnx.Module):
         """Turns off sampling and dropout, here and in every part: the same input gives the same output."""
         self.eval()
         self._set_training(False)  # noqa: FBT003
+
+    def for_training(self, data: Data) -> Data:
+        """`data` with one row per cell wherever it speaks of cells, so that minibatches can be cut from it."""
+        return data
 
     def mark_fitted(self) -> None:
         """Says that the weights come from training; `diffbio.fit` calls it, a training loop of your own should."""

@@ -60,7 +60,7 @@ class MappedSource:
 PER_GENE = frozenset({"counts", "ambient_profile"})
 
 
-def with_missing_genes(source: Source, columns: np.ndarray) -> Source:
+def with_missing_genes(source: Any, columns: np.ndarray) -> Any:
     """A source of the genes that were found, as one of all genes of a model; what is missing counts as zero.
 
     columns: of `data.names.align_genes`: -1 where a gene is missing.

@@ -8,6 +8,8 @@ from ..normalization import VAENormalizer as VAENormalizer
 from ..normalization import VAENormalizerConfig as VAENormalizerConfig
 from .ambient_removal import AmbientRemovalConfig as AmbientRemovalConfig
 from .ambient_removal import DifferentiableAmbientRemoval as DifferentiableAmbientRemoval
+from .cell_annotation import CellAnnotatorConfig as CellAnnotatorConfig
+from .cell_annotation import DifferentiableCellAnnotator as DifferentiableCellAnnotator
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig

@@ -1,0 +1,51 @@
+"""Mode 'cellassign' on AnnData: marker genes alone say which types the cells are of."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flax import nnx
+
+from ..data.markers import marker_matrix
+from ..data.names import align_genes
+from ..errors import ConfigError
+from ..fitting import fit
+from ..operators.singlecell import CellAnnotatorConfig, DifferentiableCellAnnotator
+from ..pipelines.inference import with_missing_genes
+from ..pipelines.run import Checked
+from .asked import Asked
+from .classifier import answers, opened_cells
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def train(
+    data: "AnnData | str | Path", cells: Checked, markers: Mapping[str, Sequence[str]], asked: Asked
+) -> DifferentiableCellAnnotator:
+    """CellAssign of these cells, by the marker genes that they have."""
+    if asked.n_top_genes is not None:
+        msg = "annotate: mode 'cellassign' reads the marker genes alone; leave n_top_genes out."
+        raise ConfigError(msg)
+    found = marker_matrix(markers, cells.var.index, other=asked.other)
+    op = DifferentiableCellAnnotator(
+        CellAnnotatorConfig(
+            annotation_mode="cellassign", n_cell_types=len(found.types), n_genes=len(found.genes),
+            marker_matrix_shape=found.matrix.shape, gene_likelihood="nb",
+        ),
+        rngs=nnx.Rngs(asked.seed),
+    )
+    source = opened_cells(data, cells, found.columns)
+    source.constants["marker_matrix"] = found.matrix
+    source.keys = (*source.keys, "marker_matrix")
+    fit(op, source, **asked.fit_settings())
+    op.note(tuple(found.types), tuple(found.genes), n_cells=source.n_cells, labels_key=None)
+    op.markers = tuple(tuple(np.array(found.genes)[row > 0].tolist()) for row in found.matrix)
+    return op
+
+
+def ask(op: DifferentiableCellAnnotator, data: "AnnData | str | Path", cells: Checked) -> dict[str, Any]:
+    """What CellAssign says of every cell."""
+    columns = align_genes(cells.var.index, op.genes).columns
+    return answers(op, with_missing_genes(opened_cells(data, cells, columns[columns >= 0]), columns))

@@ -1,0 +1,199 @@
+"""One annotation of one data set: what it is annotated by, training where needed, one pass over the cells."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import storage
+from ..data.guard import sniff
+from ..data.markers import as_markers
+from ..data.names import column_of
+from ..data.provenance import provenance
+from ..data.read import read
+from ..errors import ConfigError, DataError, ModelFileError
+from ..models import SCANVI
+from ..operators.singlecell import DifferentiableCellAnnotator
+from ..pipelines.run import Checked, checked_counts
+from ..recording import recording
+from . import classifier, markers_only, partly_labelled
+from .asked import Asked
+from .calls import Annotation, Calling
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+MODES = ("celltypist", "cellassign", "scanvi")
+
+
+def annotate(
+    data: "AnnData | str | Path",
+    *,
+    mode: str | None = None,
+    reference: "AnnData | str | Path | None" = None,
+    labels_key: str | None = None,
+    markers: "Mapping[str, Sequence[str]] | pd.DataFrame | str | Path | None" = None,
+    model: "DifferentiableCellAnnotator | SCANVI | str | Path | None" = None,
+    unlabeled_category: str = "Unknown",
+    batch_key: str | None = None,
+    other: str | None = None,
+    layer: str | None = None,
+    n_top_genes: int | None = None,
+    max_epochs: int | None = None,
+    allow_non_integer: bool = False,
+    on_disk: bool = False,
+    calling: Calling | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Annotation:
+    """Says of every cell which type it is, by an annotator that is trained first, or given; see `tl.annotate`.
+
+    Args:
+        data: an AnnData, or the path of a file.
+        mode: 'celltypist', 'cellassign' or 'scanvi'; None: by what is given.
+        reference: annotated cells; None: those of `data` that have a label.
+        labels_key: column of obs with the types.
+        markers: marker genes by type: a mapping, a table, or a file.
+        model: a trained annotator or its folder, in place of reference and markers.
+        unlabeled_category: value of labels_key for cells without a type.
+        batch_key: column of obs; 'scanvi' reads it.
+        other: name of one more type, without markers, for cells of none of the types; 'cellassign' reads it.
+        layer: of the counts, in both data sets; None is X.
+        n_top_genes: genes to train on; None is what suits the mode, 0 all.
+        max_epochs: passes over the cells at most.
+        allow_non_integer: accepts values that are not whole.
+        calling: how probabilities become types.
+        on_disk: leaves the counts of a .h5ad or .zarr where they are ('scanvi' reads them whole).
+        seed: of everything drawn at random.
+        progress: shows how training goes.
+
+    Raises:
+        ConfigError: what is given contradicts itself, or does not suffice.
+        DataError: the data are no counts, or lack the genes of the model.
+    """
+    given = {"model": model, "markers": markers, "reference": reference}
+    calling = calling or Calling()
+    mode = _mode(mode, given, labels_key)
+    how: dict[str, Any] = {"layer": layer, "allow_non_integer": allow_non_integer}
+    trained = load(model) if isinstance(model, str | Path) else model
+    if trained is not None:
+        mode = "scanvi" if isinstance(trained, SCANVI) else trained.config.annotation_mode
+    if calling.multi_label and mode != "celltypist":
+        msg = f"annotate: multi_label is for mode 'celltypist'; in mode {mode!r} a cell has one type."
+        raise ConfigError(msg)
+    asked = Asked(
+        labels_key=labels_key, unlabeled_category=unlabeled_category, batch_key=batch_key, other=other,
+        n_top_genes=n_top_genes, max_epochs=max_epochs, seed=seed, progress=progress,
+    )
+    with recording() as record:
+        origin = data
+        stays = on_disk and mode != "scanvi"
+        if isinstance(data, str | Path) and not (stays and sniff(Path(data)) in ("h5ad", "zarr")):
+            data = read(data)
+        cells = checked_counts(data, **how)
+        if calling.over_clustering is not None:
+            column_of(cells.obs, calling.over_clustering)  # complain before training does
+        if trained is None:
+            trained = _trained(mode, data, cells, given, asked, how)
+        if isinstance(trained, SCANVI):
+            answers = partly_labelled.ask(trained, cells, asked, own=model is None and reference is None)
+        else:
+            answers = (classifier if mode == "celltypist" else markers_only).ask(trained, data, cells)
+    params = {
+        **dataclasses.asdict(calling), **dataclasses.asdict(asked), **how, "mode": mode,
+        **{name: _said(value) for name, value in given.items()},
+    }
+    entry = provenance(params=params, seed=seed, data=origin, **record) | {"counts": cells.counts}
+    if isinstance(origin, str | Path):
+        entry["input"] = Path(origin).name
+    # labels that training has not seen tell how good the answer is
+    unseen = (reference is not None or model is not None) and labels_key in cells.obs
+    truth = _truth(cells, asked) if unseen else None
+    return Annotation(model=trained, calling=calling, record=entry, truth=truth, **answers)
+
+
+def load(path: str | Path) -> DifferentiableCellAnnotator | SCANVI:
+    """The annotator in a folder.
+
+    Raises:
+        ModelFileError: the folder is damaged, or holds something that does not annotate.
+    """
+    header, _ = storage.load_folder(path)
+    if header.get("model") == "SCANVI":
+        return SCANVI.load(path, adata=False)
+    if header.get("operator") != DifferentiableCellAnnotator.__name__:
+        msg = f"load: {path} holds {header.get('model') or header.get('operator')!r}, which does not annotate cells."
+        raise ModelFileError(msg)
+    found = DifferentiableCellAnnotator.load(path)
+    if not (found.types and found.fitted):
+        lacks = "does not know the names of its types and genes" if found.fitted else "is untrained"
+        msg = f"load: the annotator in {path} {lacks}; save one that diffbio.tl.annotate or diffbio annotate trained."
+        raise ModelFileError(msg)
+    return found
+
+
+def _mode(mode: str | None, given: Mapping[str, Any], labels_key: str | None) -> str:
+    """The mode that what is given is for.
+
+    Raises:
+        ConfigError: it is for none, or for another one than was asked for.
+    """
+    there = [name for name, value in given.items() if value is not None]
+    if len(there) > 1:
+        msg = f"annotate: got {' and '.join(there)}; an annotator is one of model, markers and reference; pass one."
+        raise ConfigError(msg)
+    if mode is not None and mode not in MODES:
+        msg = f"annotate: mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}."
+        raise ConfigError(msg)
+    if there == ["model"]:
+        return mode or ""
+    if there == ["markers"]:
+        if mode not in (None, "cellassign"):
+            msg = f"annotate: markers are for mode 'cellassign'; mode {mode!r} learns from labels: pass labels_key."
+            raise ConfigError(msg)
+        return "cellassign"
+    if mode == "cellassign":
+        msg = "annotate: mode 'cellassign' needs markers: a mapping {type: [genes]}, a table, or a file."
+        raise ConfigError(msg)
+    if labels_key is None:
+        msg = (
+            "annotate: pass labels_key, the column with the types (of reference=, or of the labelled cells among "
+            "these); or markers= or model=."
+        )
+        raise ConfigError(msg)
+    return mode or "celltypist"
+
+
+def _trained(
+    mode: str, data: Any, cells: Checked, given: Mapping[str, Any], asked: Asked, how: Mapping[str, Any]
+) -> DifferentiableCellAnnotator | SCANVI:
+    if mode == "cellassign":
+        return markers_only.train(data, cells, as_markers(given["markers"]), asked)
+    reference = given["reference"]
+    known = cells
+    if reference is not None:
+        known = checked_counts(read(reference) if isinstance(reference, str | Path) else reference, **how)
+    if mode == "celltypist":
+        return classifier.train(known, cells.var.index, asked)
+    return partly_labelled.train(known, cells, asked)
+
+
+def _said(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Path):
+        return value.name
+    size = f", {value.n_obs:,} cells" if hasattr(value, "n_obs") else ""
+    return type(value).__name__ + size
+
+
+def _truth(cells: Checked, asked: Asked) -> np.ndarray | None:
+    """Names of the cells' types by their own labels, "" where there is none; None without any."""
+    try:
+        codes, names = asked.labels(cells)
+    except DataError:
+        return None
+    return np.where(codes >= 0, np.array(names, dtype=object)[codes], "")

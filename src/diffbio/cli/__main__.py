@@ -1,0 +1,5 @@
+"""`python -m diffbio.cli`."""
+
+from . import main
+
+main()

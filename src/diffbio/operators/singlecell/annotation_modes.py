@@ -1,0 +1,203 @@
+"""The three models behind `DifferentiableCellAnnotator`: what each answers, minimises, and starts from.
+
+Every mode is a module with `answer(cells) -> Answer`, `loss(cells, counts, labels, kl_weight)` and
+`start_from(data, labels)`; `cells` are the operator's checked inputs.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ...errors import DataError, MissingKeyError
+from ...math.sparse import SparseRows
+from ...nn.cellassign import CellAssign
+from ...nn.count_vae import CountVAE
+from ...nn.scanvi import SCANVI, Constant
+from ...nn.type_classifier import TypeClassifier
+
+if TYPE_CHECKING:
+    from .cell_annotation import CellAnnotatorConfig
+
+WHO = "DifferentiableCellAnnotator"
+UNLABELLED = -1
+
+Cells = Mapping[str, jax.Array]
+Loss = tuple[jax.Array, dict[str, jax.Array]]
+Counts = Float[Array, "cells genes"] | SparseRows
+
+
+class Answer(NamedTuple):
+    """Of every cell."""
+
+    log_probabilities: Float[Array, "cells types"]
+    latent: Float[Array, "cells latent"]
+
+
+class Mode(nnx.Module):
+    """What the three have in common."""
+
+    kl_warmup: ClassVar[float] = 20.0  # epochs
+    takes_sparse: ClassVar[bool] = True  # counts
+
+    def sureness(self, probabilities: Float[Array, "cells types"], z: Float[Array, "cells latent"]) -> Cells:
+        """How sure the answer is: the probability of the likeliest type."""
+        return {"confidence": probabilities.max(-1)}
+
+
+class Celltypist(Mode):
+    """A classifier on the latent space of a count VAE, trained with the cells whose type is known."""
+
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        "max_epochs": 100, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
+    }
+
+    def __init__(self, config: "CellAnnotatorConfig", *, rngs: nnx.Rngs) -> None:
+        self.classifier = TypeClassifier(
+            config.n_genes, config.n_cell_types, latent_dim=config.latent_dim, hidden_dims=tuple(config.hidden_dims),
+            likelihood=config.gene_likelihood, rngs=rngs,
+        )
+
+    def answer(self, cells: Cells) -> Answer:
+        """By the classifier at the latent position."""
+        z = self.classifier.latent(cells["counts"], cells["library_size"])
+        return Answer(self.classifier.log_probabilities(z), z)
+
+    def sureness(self, probabilities: Float[Array, "cells types"], z: Float[Array, "cells latent"]) -> Cells:
+        """By the probability of every type by itself, and by how near the cell is to those of training."""
+        return {"confidence": self.classifier.confidence(z), "independent": self.classifier.multi_label(z)}
+
+    def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
+        """The negative ELBO of all cells and the cross entropy of the labelled ones."""
+        return self.classifier.loss(counts, labels, kl_weight=kl_weight, library=cells["library_size"])
+
+    def start_from(self, data: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+        """Starts at a linear classifier of the labelled cells, found on the host."""
+        if not (labels >= 0).any():
+            msg = f"{WHO}: no cell is labelled; pass data['labels'], or known_labels with label_indices."
+            raise DataError(msg)
+        self.classifier.start_from(data["counts"], labels, data["library_size"])
+
+    def finish_from(self, latent: np.ndarray, labels: np.ndarray, batch: np.ndarray | None) -> None:
+        """Fits classifiers and the types' clouds anew to the latent space that was learned."""
+        self.classifier.finish_from(latent, labels)
+
+
+class Cellassign(Mode):
+    """CellAssign (Zhang et al. 2019) for the types, and beside it a count VAE for the latent space."""
+
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        "max_epochs": 100, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
+    }
+    takes_sparse = False
+
+    def __init__(self, config: "CellAnnotatorConfig", *, rngs: nnx.Rngs) -> None:
+        self.model = CellAssign(
+            config.n_genes, config.n_cell_types, n_covariates=config.n_covariates, likelihood=config.gene_likelihood,
+            rngs=rngs,
+        )
+        self.vae = CountVAE(
+            config.n_genes, config.latent_dim, hidden_dims=tuple(config.hidden_dims), likelihood=config.gene_likelihood,
+            rngs=rngs,
+        )
+        # of the cells it was fitted to: a cell's size factor does not depend on the others it comes with
+        self.mean_library = Constant(jnp.ones(()))
+        self.n_cells = Constant(jnp.ones(()))
+        shape = config.marker_matrix_shape
+        self.marker_matrix = nnx.data(None if shape is None else Constant(jnp.zeros(shape)))
+
+    def answer(self, cells: Cells) -> Answer:
+        """By the posterior of the types."""
+        known = self._known(cells)
+        return Answer(self.model.log_probabilities(cells["counts"], *known), self._latent(cells))
+
+    def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
+        """The negative log likelihood of CellAssign with its priors, and the negative ELBO of the VAE."""
+        loss, metrics = self.model.loss(cells["counts"], *self._known(cells), n_cells=self.n_cells[...])
+        reconstruction, kl = self.vae.loss(cells["counts"], cells["library_size"])
+        return loss + reconstruction + kl_weight * kl, {**metrics, "reconstruction": reconstruction, "kl": kl}
+
+    def start_from(self, data: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+        """Starts at types called by the mean of their markers."""
+        counts, library = data["counts"], data["library_size"]
+        mean = max(float(library.mean()), 1e-6)
+        self.mean_library.set_value(jnp.asarray(mean, self.mean_library[...].dtype))
+        self.n_cells.set_value(jnp.asarray(float(len(counts)), self.n_cells[...].dtype))
+        markers = self._markers(data)
+        if self.marker_matrix is not None:
+            self.marker_matrix.set_value(jnp.asarray(markers, self.marker_matrix[...].dtype))
+        size = np.where(library > 0, library, mean) / mean
+        self.model.start_from(counts, np.asarray(markers), size, data.get("covariates"))
+        self.vae.start_from(counts, library)
+
+    def _latent(self, cells: Cells) -> jax.Array:
+        return self.vae.sample(self.vae.encode(cells["counts"]))
+
+    def _known(self, cells: Cells) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Marker matrix, size factors and covariates."""
+        library, mean = cells["library_size"], self.mean_library[...]
+        size = jnp.where(library > 0, library, mean) / mean
+        return jnp.asarray(self._markers(cells)), size, cells.get("covariates")
+
+    def _markers(self, cells: Mapping[str, Any]) -> Any:
+        if (found := cells.get("marker_matrix")) is not None:
+            return found
+        if self.marker_matrix is None:
+            msg = (
+                f"{WHO}: mode 'cellassign' needs data['marker_matrix'], (cell_types, genes); with "
+                "marker_matrix_shape in its config it keeps the one that it was fitted with."
+            )
+            raise MissingKeyError(msg)
+        return self.marker_matrix[...]
+
+
+class Scanvi(Mode):
+    """SCANVI (Xu et al. 2021), the module of `diffbio.nn.scanvi`."""
+
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        "max_epochs": 100, "batch_size": 128, "learning_rate": 5e-3, "patience": 20
+    }
+    kl_warmup = 10.0
+
+    def __init__(self, config: "CellAnnotatorConfig", *, rngs: nnx.Rngs) -> None:
+        self.n_batches = config.n_batches
+        self.model = SCANVI(
+            config.n_genes, config.n_batches, config.n_cell_types, tuple(config.hidden_dims), config.latent_dim,
+            reconstruction_loss=config.gene_likelihood, use_observed_lib_size=True,
+            classifier_parameters={"n_layers": 0, "by_batch": config.n_batches > 1}, rngs=rngs,
+        )
+
+    def answer(self, cells: Cells) -> Answer:
+        """By q(c | z, batch)."""
+        z = self.model.get_latents(cells["counts"])[0]
+        return Answer(self.of_latent(z, cells.get("batch_labels")), z)
+
+    def of_latent(self, z: Float[Array, "cells latent"], batch: Int[Array, "cells"] | None) -> jax.Array:
+        """Log q(c | z, batch)."""
+        return self.model.log_class_probabilities(z, self.model.temperature[...], batch)
+
+    def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
+        """SCANVI's bound and the cross entropy of labelled cells."""
+        data = {"counts": counts, "labels": labels, "batch_labels": cells.get("batch_labels")}
+        if self.n_batches > 1 and data["batch_labels"] is None:
+            msg = f"{WHO}: n_batches is {self.n_batches}, but data has no 'batch_labels' to train with."
+            raise MissingKeyError(msg)
+        return self.model.objective(data, kl_weight=kl_weight)
+
+    def start_from(self, data: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+        """Starts at the mean gene fractions."""
+        self.model.start_from(data["counts"])
+
+    def finish_from(self, latent: np.ndarray, labels: np.ndarray, batch: np.ndarray | None) -> None:
+        """Fits the classifier anew to the latent space that was learned, by labelled and unlabelled cells."""
+        if (labels >= 0).any():
+            self.model.fit_classifier(latent, labels, batch)
+
+
+MODES: dict[str, type[Celltypist | Cellassign | Scanvi]] = {
+    "celltypist": Celltypist, "cellassign": Cellassign, "scanvi": Scanvi
+}

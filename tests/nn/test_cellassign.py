@@ -1,3 +1,4 @@
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -58,11 +59,11 @@ def example(likelihood="nb", covariates=2, cells=12):
     return model, [jnp.asarray(counts), jnp.asarray(soft), jnp.asarray(size), None if x is None else jnp.asarray(x)]
 
 
-def fitted(counts, size, markers=MARKERS, x=None, **how):
+def fitted(counts, size, markers=MARKERS, x=None, em_rounds=2, **how):
     model = CellAssign(
         counts.shape[1], len(markers), n_covariates=0 if x is None else x.shape[1], rngs=nnx.Rngs(0), **how
     )
-    model.start_from(counts, markers, size, x)
+    model.start_from(counts, markers, size, x, em_rounds=em_rounds)
     covariates = None if x is None else jnp.asarray(x)
     found = model.log_probabilities(jnp.asarray(counts), jnp.asarray(markers), jnp.asarray(size), covariates)
     return model, np.exp(np.asarray(found))
@@ -97,8 +98,8 @@ def test_the_posterior_is_the_one_that_scipy_computes(likelihood, type_sd):
 
 
 def test_cells_of_the_model_are_given_their_types_and_effects():
-    made = simulated(1500)
-    model, p = fitted(made.counts, made.size)
+    made = simulated(1000)
+    model, p = fitted(made.counts, made.size, em_rounds=10)
     called = p.argmax(1)
     assert (called == made.truth).mean() > (made.best == made.truth).mean() - 0.01
     other = made.truth == 3
@@ -108,7 +109,7 @@ def test_cells_of_the_model_are_given_their_types_and_effects():
     found = np.asarray(model.log_fold_change)[listed]
     assert np.corrcoef(found, made.delta[listed])[0, 1] > 0.9
     assert abs(found - made.delta[listed]).mean() < 0.25
-    np.testing.assert_allclose(np.exp(model.log_proportions), np.bincount(made.truth) / 1500, atol=0.03)
+    np.testing.assert_allclose(np.exp(model.log_proportions), np.bincount(made.truth) / 1000, atol=0.03)
     # the inverse dispersion that they were drawn with, 3, at the mean of most counts
     assert 2.0 < np.exp(model.log_dispersion(jnp.asarray(1.0))) < 4.5
 
@@ -139,8 +140,8 @@ def test_the_loss_has_the_gradient_of_expectation_maximisation():
         joint = (members * model.log_joint(*data)).sum(1).mean()
         return -joint - model.log_prior(data[1]) / len(data[0])
 
-    ours = jax.grad(lambda params: nnx.merge(graphdef, params).loss(*data)[0])(params)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.grad(expected)(params)), strict=True):
+    both = jax.jit(lambda p: (jax.grad(lambda p: nnx.merge(graphdef, p).loss(*data)[0])(p), jax.grad(expected)(p)))
+    for a, b in zip(*map(jax.tree.leaves, both(params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -160,53 +161,56 @@ def test_gradients_are_those_of_finite_differences(likelihood):
         if likelihood == "zinb":
             data[0] = data[0] + 0.5  # it is not continuous at 0
         model, data = nnx.merge(nnx.split(model)[0], in_float64(nnx.split(model)[1])), in_float64(data)
-        for i in range(4):
-            check_reverse(lambda v, i=i: model.log_probabilities(*data[:i], v, *data[i + 1 :]), data[i])
         graphdef, params = nnx.split(model)
-        check_reverse(lambda p: nnx.merge(graphdef, p).log_probabilities(*data), params)
-        check_reverse(lambda p: nnx.merge(graphdef, p).loss(*data)[0], params)
+        check_reverse(lambda data: model.log_probabilities(*data), data)
+
+        def both(params):
+            model = nnx.merge(graphdef, params)
+            return model.log_probabilities(*data), model.loss(*data)[0]
+
+        check_reverse(both, params)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson", "zinb"])
-@pytest.mark.parametrize("covariates", [0, 2])
+@pytest.mark.parametrize(("likelihood", "covariates"), [("nb", 0), ("poisson", 0), ("zinb", 2)])
 def test_every_parameter_and_input_has_a_gradient(likelihood, covariates):
     model, data = example(likelihood, covariates)
-    graphdef, params = nnx.split(model)
-    grads = jax.grad(lambda p: nnx.merge(graphdef, p).loss(*data)[0])(params)
+    grads, of_inputs = gradients(*nnx.split(model), [v for v in data if v is not None])
     assert ("covariate_weights" in grads) == (covariates > 0)
     assert ("dropout_logit" in grads) == (likelihood == "zinb")
     for path, grad in nnx.to_flat_state(grads):
         assert np.isfinite(grad[...]).all(), path
         assert np.abs(grad[...]).max() > 0, path
-    inputs = [v for v in data if v is not None]
-    for grad in jax.grad(lambda inputs: (model.log_probabilities(*inputs) ** 2).sum())(inputs):
+    for grad in of_inputs:
         assert np.isfinite(grad).all()
         assert np.abs(grad).max() > 0
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+@partial(jax.jit, static_argnums=0)
+def gradients(graphdef, params, inputs):
+    def total(params, inputs):
+        model = nnx.merge(graphdef, params)
+        return model.loss(*inputs)[0] + (model.log_probabilities(*inputs) ** 2).mean()
+
+    return jax.grad(total, (0, 1))(params, inputs)
+
+
 @pytest.mark.parametrize(
-    ("counts", "size"),
+    ("counts", "size", "likelihood"),
     [
-        (np.zeros((5, 15)), np.zeros(5)),
-        (np.zeros((5, 15)), np.ones(5)),
-        (np.full((1, 15), 7.0), np.ones(1)),
-        (np.ones((5, 15)), np.ones(5)),
-        (np.full((3, 15), 1e5), np.full(3, 1e3)),
+        (np.zeros((5, 15)), np.zeros(5), "nb"),
+        (np.zeros((5, 15)), np.ones(5), "zinb"),
+        (np.full((1, 15), 7.0), np.ones(1), "nb"),
+        (np.ones((5, 15)), np.ones(5), "nb"),
+        (np.full((5, 15), 1e5), np.full(5, 1e3), "nb"),
     ],
 )
 def test_odd_cells_stay_finite_with_their_gradients(counts, size, likelihood):
     model = CellAssign(15, 4, likelihood=likelihood, rngs=nnx.Rngs(0))
     counts, size = np.float32(counts), np.float32(size)
     model.start_from(counts, MARKERS, size)
-    graphdef, params = nnx.split(model)
-
-    def loss(params, inputs):
-        model = nnx.merge(graphdef, params)
-        return model.loss(*inputs)[0] + model.log_probabilities(*inputs).mean()
-
     inputs = [jnp.asarray(v) for v in (counts, MARKERS, size)]
-    for leaf in jax.tree.leaves((params, loss(params, inputs), jax.grad(loss, (0, 1))(params, inputs))):
+    found = model.log_probabilities(*inputs)
+    for leaf in jax.tree.leaves((nnx.state(model), found, gradients(*nnx.split(model), inputs))):
         assert np.isfinite(leaf).all()
 
 
@@ -221,7 +225,7 @@ def test_genes_that_are_no_markers_tell_nothing_of_types():
 
 
 def test_depth_does_not_matter():
-    counts, size, *_ = simulated(600, depth=10.0)
+    counts, size, *_ = simulated(1000, depth=10.0)
     rng = np.random.default_rng(0)
     fewer = rng.binomial(counts.astype(int), 0.3).astype(np.float32)
     deep, shallow = fitted(counts, size)[1], fitted(fewer, size)[1]
@@ -250,7 +254,7 @@ def test_covariates_are_taken_out():
 
 def test_more_cells_than_are_fitted_at_the_start(monkeypatch):
     made = simulated(1500)
-    monkeypatch.setattr(cellassign, "START_CELLS", 300)
+    monkeypatch.setattr(cellassign, "START_CELLS", 1000)
     called = fitted(made.counts, made.size)[1].argmax(1)
     assert (called == made.truth).mean() > (made.best == made.truth).mean() - 0.03
 

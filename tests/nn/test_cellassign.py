@@ -99,7 +99,7 @@ def test_the_posterior_is_the_one_that_scipy_computes(likelihood, type_sd):
 
 def test_cells_of_the_model_are_given_their_types_and_effects():
     made = simulated(1000)
-    model, p = fitted(made.counts, made.size, em_rounds=10)
+    model, p = fitted(made.counts, made.size, em_rounds=6)
     called = p.argmax(1)
     assert (called == made.truth).mean() > (made.best == made.truth).mean() - 0.01
     other = made.truth == 3
@@ -117,14 +117,14 @@ def test_cells_of_the_model_are_given_their_types_and_effects():
 def test_types_that_lie_off_the_base_are_told_apart():
     """A gene that one type lists is half as high in another: the published model calls that other type by it."""
     rng = np.random.default_rng(0)
-    truth = rng.integers(3, size=900)
+    truth = rng.integers(3, size=500)
     log_mean = np.full((3, 9), -1.0)
     for c in range(3):
         log_mean[c, 3 * c : 3 * c + 3] = 1.5
     log_mean[1, 0:3] = 0.7
     markers = (log_mean > 1).astype(np.float32)
     counts = rng.negative_binomial(4, 4 / (4 + np.exp(log_mean[truth]))).astype(np.float32)
-    size = np.ones(900, np.float32)
+    size = np.ones(500, np.float32)
     right = {sd: (fitted(counts, size, markers, type_sd=sd)[1].argmax(1) == truth).mean() for sd in (0.0, 0.3)}
     assert right[0.3] > 0.97
     assert right[0.3] >= right[0.0]
@@ -225,7 +225,7 @@ def test_genes_that_are_no_markers_tell_nothing_of_types():
 
 
 def test_depth_does_not_matter():
-    counts, size, *_ = simulated(1000, depth=10.0)
+    counts, size, *_ = simulated(500, depth=10.0)
     rng = np.random.default_rng(0)
     fewer = rng.binomial(counts.astype(int), 0.3).astype(np.float32)
     deep, shallow = fitted(counts, size)[1], fitted(fewer, size)[1]
@@ -237,24 +237,24 @@ def test_depth_does_not_matter():
 
 
 def test_types_with_more_markers_are_not_favoured():
-    made = simulated(1000, shares=(0.4, 0.3, 0.3, 0.0), effect=3.0)
+    made = simulated(500, shares=(0.4, 0.3, 0.3, 0.0), effect=3.0)
     markers = MARKERS[:3].copy()
     markers[0, :3] = 0.0  # one marker left of four
     called = fitted(made.counts, made.size, markers)[1].argmax(1)
     assert (called == made.truth).mean() > 0.95
-    np.testing.assert_allclose(np.bincount(called, minlength=3), np.bincount(made.truth), atol=40)
+    np.testing.assert_allclose(np.bincount(called, minlength=3), np.bincount(made.truth), atol=20)
 
 
 def test_covariates_are_taken_out():
-    made = simulated(1000, covariate=1.5)
+    made = simulated(500, covariate=1.5)
     model, p = fitted(made.counts, made.size, x=made.x)
     assert (p.argmax(1) == made.truth).mean() > (made.best == made.truth).mean() - 0.01
-    np.testing.assert_allclose(model.covariate_weights[:, :12], 1.5, atol=0.3)
+    np.testing.assert_allclose(model.covariate_weights[:, :12], 1.5, atol=0.4)
 
 
 def test_more_cells_than_are_fitted_at_the_start(monkeypatch):
-    made = simulated(1500)
-    monkeypatch.setattr(cellassign, "START_CELLS", 1000)
+    made = simulated(1000)
+    monkeypatch.setattr(cellassign, "START_CELLS", 500)
     called = fitted(made.counts, made.size)[1].argmax(1)
     assert (called == made.truth).mean() > (made.best == made.truth).mean() - 0.03
 

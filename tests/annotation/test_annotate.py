@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 from toy_cells import toy_cells
 
-from diffbio import tl
+from diffbio import models, tl
 from diffbio.annotation import load
 from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError, ModelFileError
 
@@ -138,6 +138,20 @@ def test_scanvi_keeps_the_labels_it_was_given(parts):
     assert (called[known] == given[known]).all()
     assert (adata.obs["diffbio_confidence"].to_numpy()[known] == 1).all()
     assert (called == truth)[~known].mean() > 0.9
+    by_hand = scanvi_by_hand(parts[0], given)  # no second implementation: the tutorial's numbers
+    np.testing.assert_array_equal(adata.obsm["diffbio_cell_type_prob"][~known], by_hand[~known])
+
+
+def scanvi_by_hand(adata, labels):
+    """Probabilities by the tutorial of `diffbio.models`."""
+    adata = ad.AnnData(adata.X.copy(), obs=adata.obs[[]].copy(), var=adata.var[[]].copy())
+    adata.obs["labels"], adata.obs["batch"] = labels, "one"
+    models.SCVI.setup_anndata(adata, batch_key="batch", labels_key="labels")
+    scvi = models.SCVI(adata, seed=0)
+    scvi.train(max_epochs=10, progress=False)
+    scanvi = models.SCANVI.from_scvi_model(scvi, "Unknown")
+    scanvi.train(progress=False)
+    return scanvi.predict(soft=True).to_numpy(np.float32)
 
 
 def test_cells_below_the_threshold_are_unassigned(trained, parts):
@@ -203,6 +217,8 @@ def test_wrong_columns_files_and_names_are_named(parts, tmp_path, trained):
         tl.annotate(query, labels_key="celltype")
     with pytest.raises(MissingKeyError, match="no column 'leiden'"):
         tl.annotate(query, model=trained[2], majority_voting=True, over_clustering="leiden")
+    with pytest.raises(ConfigError, match="the model is of mode 'celltypist', not 'scanvi'"):
+        tl.annotate(query, model=trained[2], mode="scanvi")
     with pytest.raises(ModelFileError, match="no model folder"):
         tl.annotate(query, model=tmp_path / "nothing")
     with pytest.raises(DataError, match="type 'x' has"):

@@ -1,5 +1,6 @@
 """Mode 'cellassign' on AnnData: marker genes alone say which types the cells are of."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from flax import nnx
 
 from ..data.markers import marker_matrix
 from ..data.names import align_genes
-from ..errors import ConfigError
+from ..errors import ConfigError, DataWarning
 from ..fitting import fit
 from ..operators.singlecell import CellAnnotatorConfig, DifferentiableCellAnnotator
 from ..pipelines.inference import with_missing_genes
@@ -20,6 +21,8 @@ from .classifier import answers, opened_cells
 if TYPE_CHECKING:
     from anndata import AnnData
 
+FEW_CELLS = 50
+
 
 def train(
     data: "AnnData | str | Path", cells: Checked, markers: Mapping[str, Sequence[str]], asked: Asked
@@ -28,6 +31,10 @@ def train(
     if asked.n_top_genes is not None:
         msg = "annotate: mode 'cellassign' reads the marker genes alone; leave n_top_genes out."
         raise ConfigError(msg)
+    n_cells = cells.matrix.shape[0]
+    if n_cells < FEW_CELLS:
+        message = f"annotate: {n_cells} cells are few to learn from how high a marker is where its type is not"
+        warnings.warn(message, DataWarning, stacklevel=4)
     found = marker_matrix(markers, cells.var.index, other=asked.other)
     op = DifferentiableCellAnnotator(
         CellAnnotatorConfig(

@@ -80,7 +80,10 @@ def annotate(
     how: dict[str, Any] = {"layer": layer, "allow_non_integer": allow_non_integer}
     trained = load(model) if isinstance(model, str | Path) else model
     if trained is not None:
-        mode = "scanvi" if isinstance(trained, SCANVI) else trained.config.annotation_mode
+        asked_for, mode = mode, "scanvi" if isinstance(trained, SCANVI) else trained.config.annotation_mode
+        if asked_for not in ("", mode):
+            msg = f"annotate: the model is of mode {mode!r}, not {asked_for!r}; leave mode out, or pass another model."
+            raise ConfigError(msg)
     if calling.multi_label and mode != "celltypist":
         msg = f"annotate: multi_label is for mode 'celltypist'; in mode {mode!r} a cell has one type."
         raise ConfigError(msg)

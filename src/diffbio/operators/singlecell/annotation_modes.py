@@ -159,7 +159,7 @@ class Scanvi(Mode):
     """SCANVI (Xu et al. 2021), the module of `diffbio.nn.scanvi`."""
 
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 100, "batch_size": 128, "learning_rate": 5e-3, "patience": 20
+        "max_epochs": 200, "batch_size": 128, "learning_rate": 5e-3, "patience": 20
     }
     kl_warmup = 10.0
 

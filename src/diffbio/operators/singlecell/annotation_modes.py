@@ -90,8 +90,9 @@ class Celltypist(Mode):
 class Cellassign(Mode):
     """CellAssign (Zhang et al. 2019) for the types, and beside it a count VAE for the latent space."""
 
+    # its start is near the optimum already; the epochs are for the VAE, whose latent space is that of few genes
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 100, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
+        "max_epochs": 20, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
     }
     takes_sparse = False
 

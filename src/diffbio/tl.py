@@ -292,14 +292,15 @@ def annotate(
     batch_key: str | None = None,
     other: str | None = None,
     min_confidence: float = 0.0,
+    min_probability: float | None = None,
     multi_label: bool = False,
-    min_probability: float = 0.5,
     majority_voting: bool = False,
     over_clustering: str | None = None,
     min_share: float = 0.0,
     n_top_genes: int | None = None,
     max_epochs: int | None = None,
     layer: str | None = None,
+    allow_non_integer: bool = False,
     random_state: int = 0,
     progress: bool = False,
     copy: bool = False,
@@ -320,21 +321,24 @@ def annotate(
         unlabeled_category: value of labels_key for cells without a type (as are missing values and "NA").
         batch_key: column of `obs`, in the reference, too; "scanvi" reads it.
         other: name of one more type for cells without the markers of any; "cellassign" reads it.
-        min_confidence: a cell whose confidence is lower is called "unassigned".
-        multi_label: "celltypist" calls a cell every type whose probability by itself is above min_probability,
+        min_confidence: a cell whose confidence is lower is called "unassigned". In "celltypist" confidence is how usual
+            the cell is for its nearest type, else the probability of the likeliest type.
+        min_probability: a cell is not called a type of lower probability, but "unassigned"; None is 0, with
+            multi_label 0.5.
+        multi_label: "celltypist" calls a cell every type whose probability by itself is at least min_probability,
             joined by "|".
-        min_probability: see multi_label.
         majority_voting: groups of like cells, or the clusters of a column over_clustering, take their commonest type.
         over_clustering: column of `obs`; None groups the cells by their latent positions, about 30 to a group.
         min_share: the share of a group that its commonest type must have; "Heterogeneous" below.
         n_top_genes: genes to train on; None is what suits the mode, 0 all.
         max_epochs: passes over the cells at most; None is what the mode prefers.
         layer: of the counts, in both data sets; None is X.
+        allow_non_integer: accepts values that are not whole, such as decontaminated counts.
         random_state: seed.
         progress: whether to show how training goes.
         copy: works on a copy and returns (copy, model).
 
-    Adds `obs["diffbio_cell_type"]` (categorical), `obs["diffbio_confidence"]`, 0 to 1,
+    Adds `obs["diffbio_cell_type"]` (categorical), `obs["diffbio_cell_type_max_prob"]`, `obs["diffbio_confidence"]`,
     `obsm["diffbio_cell_type_prob"]` (cells, types), whose rows sum to 1 and whose columns are
     `uns["diffbio"]["annotate"]["types"]`, with majority_voting `obs["diffbio_cell_type_voted"]`, with multi_label
     `obsm["diffbio_cell_type_independent_prob"]`, and `uns["diffbio"]["annotate"]`, which says how it was done.
@@ -355,7 +359,12 @@ def annotate(
         target, mode=mode, reference=reference, labels_key=labels_key, markers=markers, model=model,
         unlabeled_category=unlabeled_category, batch_key=batch_key, other=other, layer=layer, n_top_genes=n_top_genes,
         max_epochs=max_epochs, seed=random_state, progress=progress, calling=calling,
+        allow_non_integer=allow_non_integer,
     )
+    for slot, name in (("obs", "diffbio_cell_type_voted"), ("obsm", "diffbio_cell_type_independent_prob")):
+        held: Any = getattr(target, slot)
+        if name in held:  # of an earlier annotation
+            del held[name]
     add_results(target, found.results(cast("pd.DataFrame", target.obs), seed=random_state))
     return (target, found.model) if copy else found.model
 

@@ -90,11 +90,12 @@ def test_missing_genes_count_as_zero_up_to_a_fifth(trained, parts):
 
 def test_extra_genes_do_not_matter(trained, parts):
     query, _, folder = trained
-    nothing = ad.AnnData(sparse.csr_matrix((80, 3), dtype=np.float32), obs=parts[1].obs[[]])
+    more = sparse.csr_matrix(np.random.default_rng(0).poisson(30.0, (80, 3)).astype(np.float32))
+    nothing = ad.AnnData(more, obs=parts[1].obs[[]])
     nothing.var_names = ["a", "b", "c"]
     extra = ad.concat([nothing, parts[1]], axis=1, merge="first")
-    with pytest.warns(DataWarning, match="3 of 53 genes have no count"):
-        tl.annotate(extra, model=folder)
+    tl.annotate(extra, model=folder)
+    np.testing.assert_array_equal(extra.obs["diffbio_confidence"], query.obs["diffbio_confidence"])
     assert list(extra.obs["diffbio_cell_type"]) == list(query.obs["diffbio_cell_type"])
 
 
@@ -118,12 +119,16 @@ def test_markers_annotate_without_labels(parts):
     assert list(again.obs["diffbio_cell_type"]) == list(query.obs["diffbio_cell_type"])
 
 
-def test_scanvi_maps_a_query_onto_a_reference(parts):
+def test_scanvi_maps_a_query_onto_a_reference(parts, tmp_path):
     reference, query = parts
     query = query.copy()
     model = tl.annotate(query, mode="scanvi", reference=reference, labels_key="cell_type", max_epochs=10)
     assert accuracy(query) > 0.9
     assert type(model).__name__ == "SCANVI"
+    model.save(tmp_path / "scanvi")
+    again = parts[1].copy()
+    tl.annotate(again, model=tmp_path / "scanvi", max_epochs=10)
+    assert list(again.obs["diffbio_cell_type"]) == list(query.obs["diffbio_cell_type"])
 
 
 def test_scanvi_keeps_the_labels_it_was_given(parts):
@@ -167,6 +172,22 @@ def test_cells_below_the_threshold_are_unassigned(trained, parts):
     assert both.uns["diffbio"]["annotate"]["n_unassigned"] == (called == "unassigned").sum()
 
 
+def test_a_call_that_is_not_clear_is_not_made(trained, parts):
+    query = parts[1].copy()
+    tl.annotate(query, model=trained[2], min_probability=0.9)
+    unclear = query.obsm["diffbio_cell_type_prob"].max(1) < 0.9
+    np.testing.assert_array_equal(query.obs["diffbio_cell_type"] == "unassigned", unclear)
+    np.testing.assert_array_equal(query.obs["diffbio_cell_type_max_prob"], query.obsm["diffbio_cell_type_prob"].max(1))
+
+
+def test_an_earlier_vote_does_not_stay(trained, parts):
+    query = parts[1].copy()
+    tl.annotate(query, model=trained[2], majority_voting=True, multi_label=True)
+    tl.annotate(query, model=trained[2])
+    assert "diffbio_cell_type_voted" not in query.obs
+    assert "diffbio_cell_type_independent_prob" not in query.obsm
+
+
 def test_votes_of_a_given_clustering(trained, parts):
     query = parts[1].copy()
     query.obs["groups"] = query.obs["cell_type"].astype(str).to_numpy()
@@ -201,8 +222,13 @@ def test_a_copy_leaves_the_data_alone(trained, parts):
         ({"mode": "azimuth", "labels_key": "cell_type"}, "'celltypist', 'cellassign', 'scanvi'"),
         ({"markers": {"a": ["gene1"]}, "model": "x"}, "model and markers"),
         ({"markers": {"a": ["gene1"], "b": ["gene2"]}, "mode": "scanvi"}, "markers are for mode 'cellassign'"),
-        ({"markers": {"a": ["gene1"], "b": ["gene2"]}, "n_top_genes": 5}, "leave n_top_genes out"),
+        ({"markers": {"a": ["gene1"], "b": ["gene2"]}, "n_top_genes": 5}, "n_top_genes is for training with labels"),
         ({"labels_key": "cell_type", "mode": "scanvi", "multi_label": True}, "multi_label is for mode 'celltypist'"),
+        ({"labels_key": "cell_type", "other": "rest"}, "other is for markers="),
+        ({"labels_key": "cell_type", "batch_key": "batch"}, "batch_key is for mode 'scanvi'"),
+        ({"labels_key": "cell_type", "over_clustering": "batch"}, "over_clustering is for majority_voting"),
+        ({"labels_key": "cell_type", "unlabeled_category": "zzz"}, "'zzz' is not a value of obs"),
+        ({"model": {}}, "model must be what tl.annotate returned"),
         ({"labels_key": "cell_type", "min_confidence": 2.0}, r"min_confidence must be in \[0, 1\]"),
     ],
 )
@@ -215,6 +241,11 @@ def test_wrong_columns_files_and_names_are_named(parts, tmp_path, trained):
     query = parts[1].copy()
     with pytest.raises(MissingKeyError, match="no column 'celltype'; it has batch, cell_type"):
         tl.annotate(query, labels_key="celltype")
+    with pytest.raises(MissingKeyError, match="no column 'typo'"):
+        tl.annotate(query, model=trained[2], labels_key="typo")
+    query.obs["groups"] = [np.nan, *["a"] * 79]
+    with pytest.raises(DataError, match=r"obs\['groups'\] has no value for 1 of 80 cells"):
+        tl.annotate(query, model=trained[2], majority_voting=True, over_clustering="groups")
     with pytest.raises(MissingKeyError, match="no column 'leiden'"):
         tl.annotate(query, model=trained[2], majority_voting=True, over_clustering="leiden")
     with pytest.raises(ConfigError, match="the model is of mode 'celltypist', not 'scanvi'"):
@@ -227,5 +258,6 @@ def test_wrong_columns_files_and_names_are_named(parts, tmp_path, trained):
     other.var_names = [f"ENSG{i}" for i in range(50)]
     with pytest.raises(DataError, match="0 names in common"):
         tl.annotate(query, reference=other, labels_key="cell_type")
-    with pytest.raises(DataError, match="one class, 'same'"):
+    with pytest.raises(DataError, match="one class, 'same'") as said:
         tl.annotate(query, reference=parts[0], labels_key="one")
+    assert said.value.__notes__ == ["This is about the reference."]

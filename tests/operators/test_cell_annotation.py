@@ -214,6 +214,8 @@ def test_what_a_mode_lacks_is_named():
         make("scanvi", n_batches=2).objective({"counts": counts, "labels": types})
     with pytest.raises(MissingKeyError, match="covariates"):
         run(make("cellassign", n_covariates=1), {"counts": counts, "marker_matrix": markers})
+    with pytest.raises(DataError, match=r"must be in 0\.\.1, got 0\.0 to 5\.0"):
+        run(make("cellassign"), {"counts": counts, "marker_matrix": markers * 5})
     with pytest.raises(DataError, match="no cell is labelled"):
         diffbio.fit(make("celltypist"), {"counts": counts}, progress=False)
 

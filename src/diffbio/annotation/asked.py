@@ -3,10 +3,14 @@
 import dataclasses
 from typing import Any
 
-from ..data.names import label_codes
+from ..data.names import column_of, label_codes
+from ..errors import ConfigError, DataError
 from ..pipelines.run import Checked
 
-UNKNOWN = ("Unknown", "unknown", "NA", "nan", "")
+# what labels say of a cell whose type is not known
+WORDS = ("unknown", "unlabeled", "unlabelled", "unassigned", "undetermined", "none", "nan", "na")
+UNKNOWN = ("", *(form for word in WORDS for form in (word, word.capitalize(), word.upper())))
+RESERVED = ("Heterogeneous",)  # what majority voting calls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,16 @@ class Asked:
     def labels(self, cells: Checked) -> tuple[Any, list[str]]:
         """Codes of the cells' types, -1 where it is not known, and the names of the types."""
         assert self.labels_key is not None
+        values = set(column_of(cells.obs, self.labels_key).astype(str))
+        if self.unlabeled_category not in values | set(UNKNOWN):
+            msg = (
+                f"annotate: unlabeled_category {self.unlabeled_category!r} is not a value of obs[{self.labels_key!r}], "
+                f"which holds {', '.join(sorted(values)[:8])}."
+            )
+            raise ConfigError(msg)
+        if odd := values & set(RESERVED):
+            msg = f"annotate: {odd.pop()!r} in obs[{self.labels_key!r}] is what majority voting writes; rename it."
+            raise DataError(msg)
         return label_codes(cells.obs, self.labels_key, unknown=(self.unlabeled_category, *UNKNOWN))
 
     def fit_settings(self) -> dict[str, Any]:

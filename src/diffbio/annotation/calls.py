@@ -14,10 +14,11 @@ from ..operators.base import Config, positive, setting
 
 UNASSIGNED = "unassigned"
 LISTED = 12  # types that the summary counts
+LEAST_ALONE = 0.5  # as CellTypist
 JOINT = "|"  # between the types of a cell that is called several, as CellTypist writes it
 
 
-def share(default: float) -> Any:
+def share(default: float | None) -> Any:
     """A config field in [0, 1]."""
     return setting(default, "in [0, 1]", lambda v: 0 <= v <= 1)
 
@@ -27,9 +28,9 @@ class Calling(Config):
     """How probabilities become types.
 
     min_confidence: a cell whose confidence is lower is called 'unassigned'.
-    multi_label: a cell is called every type whose probability, independent of the others', is above
-        min_probability, joined by '|'; 'unassigned' without any. Only of mode 'celltypist'.
-    min_probability: see multi_label.
+    min_probability: a cell is not called a type of lower probability, but 'unassigned'; None: 0, with multi_label 0.5.
+    multi_label: a cell is called every type whose probability, independent of the others', is at least
+        min_probability, joined by '|'. Only of mode 'celltypist'.
     majority_voting: a group of like cells, or a cluster of the column over_clustering, takes its commonest type.
     over_clustering: column of `obs`; None: cells are grouped finely by their latent positions.
     n_groups: how many of these; None: about one for 30 cells.
@@ -37,8 +38,8 @@ class Calling(Config):
     """
 
     min_confidence: float = share(0.0)
+    min_probability: float | None = share(None)
     multi_label: bool = False
-    min_probability: float = share(0.5)
     majority_voting: bool = False
     over_clustering: str | None = None
     min_share: float = share(0.0)
@@ -74,8 +75,10 @@ class Annotation:
         """Place -> value, for `data.write`; obs: of the cells."""
         calling = self.calling
         called = self._called(calling)
+        sure = self.probabilities.max(1).astype(np.float32)
         found = {
             "obs/diffbio_cell_type": _categorical(called, self.types),
+            "obs/diffbio_cell_type_max_prob": sure,
             "obs/diffbio_confidence": self.confidence.astype(np.float32),
             "obsm/diffbio_cell_type_prob": self.probabilities.astype(np.float32),
         }
@@ -87,7 +90,7 @@ class Annotation:
                 groups = over_cluster(self.latent, n_clusters=calling.n_groups, seed=seed)
             else:
                 groups = pd.factorize(obs[calling.over_clustering])[0]
-            voted, _ = majority_vote(called, groups, min_share=calling.min_share, confidence=self.confidence)
+            voted, _ = majority_vote(called, groups, min_share=calling.min_share, confidence=sure)
             found["obs/diffbio_cell_type_voted"] = _categorical(voted, self.types)
         return found | {"uns/diffbio/annotate": self.record | self._noted(called)}
 
@@ -100,7 +103,8 @@ class Annotation:
 
     def summary(self, results: Mapping[str, Any]) -> list[str]:
         """What came out, in a few lines; results: of `results`."""
-        called = results.get("obs/diffbio_cell_type_voted", results["obs/diffbio_cell_type"])
+        called = results["obs/diffbio_cell_type"]
+        voted = results.get("obs/diffbio_cell_type_voted", called)
         sizes = pd.Series(called).value_counts()
         shown = ", ".join(f"{name} {size:,}" for name, size in sizes.head(LISTED).items())
         more = f" and {len(sizes) - LISTED} more" if len(sizes) > LISTED else ""
@@ -115,16 +119,20 @@ class Annotation:
                 f"against {self.record['params']['labels_key']} of {scores['cells']:,} cells: accuracy "
                 f"{scores['accuracy']:.3f}, macro-F1 {scores['macro_f1']:.3f}"
             )
+        if (changed := int((np.asarray(voted, object) != np.asarray(called, object)).sum())):
+            lines.append(f"majority voting changed {changed:,} cells (diffbio_cell_type_voted)")
         return lines
 
     def _called(self, calling: Calling) -> np.ndarray:
         names = np.array(self.types, dtype=object)
         if calling.multi_label:
             assert self.independent is not None
-            above = self.independent > calling.min_probability
+            least = LEAST_ALONE if calling.min_probability is None else calling.min_probability
+            above = self.independent >= least
             called = np.array([JOINT.join(names[row]) or UNASSIGNED for row in above], dtype=object)
         else:
             called = names[self.probabilities.argmax(1)]
+            called[self.probabilities.max(1) < (calling.min_probability or 0.0)] = UNASSIGNED
         called[self.confidence < calling.min_confidence] = UNASSIGNED
         return called
 

@@ -8,7 +8,7 @@ import pandas as pd
 from flax import nnx
 from scipy import sparse
 
-from ..data.matrix import DiskMatrix, library_sizes, row_chunks
+from ..data.matrix import DiskMatrix, row_chunks
 from ..data.names import align_genes
 from ..data.source import ArraySource
 from ..data.type_genes import type_genes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 N_TOP_GENES = 3000
 N_MARKERS = 20
 CELLS_FOR_MARKERS = 100  # of a type
-LATENT_DIM = 16  # at least; and one for every type
+SPARE_DIM = 16  # of the latent space, beside what a linear classifier needs; confidence is told by them, too
 
 
 def train(known: Checked, genes_there: pd.Index, asked: Asked) -> DifferentiableCellAnnotator:
@@ -40,12 +40,11 @@ def train(known: Checked, genes_there: pd.Index, asked: Asked) -> Differentiable
     op = DifferentiableCellAnnotator(
         CellAnnotatorConfig(
             annotation_mode="celltypist", n_cell_types=len(types), n_genes=len(columns),
-            latent_dim=max(LATENT_DIM, len(types)), gene_likelihood="nb",
+            latent_dim=len(types) - 1 + SPARE_DIM, gene_likelihood="nb",
         ),
         rngs=nnx.Rngs(asked.seed),
     )
-    sizes = library_sizes(matrix)
-    source = ArraySource({"counts": matrix[:, columns], "labels": codes, "library_size": sizes})
+    source = ArraySource({"counts": matrix[:, columns], "labels": codes})
     fit(op, source, **asked.fit_settings())
     genes = tuple(map(str, known.var.index[columns]))
     op.note(tuple(types), genes, n_cells=len(labelled), labels_key=asked.labels_key)
@@ -56,15 +55,9 @@ def train(known: Checked, genes_there: pd.Index, asked: Asked) -> Differentiable
 def ask(op: DifferentiableCellAnnotator, data: "AnnData | str | Path", cells: Checked) -> dict[str, Any]:
     """What the classifier says of every cell."""
     columns = align_genes(cells.var.index, op.genes).columns
-    return answers(op, with_missing_genes(opened_cells(data, cells, columns[columns >= 0]), columns))
-
-
-def opened_cells(data: "AnnData | str | Path", cells: Checked, columns: np.ndarray) -> Any:
-    """The counts of some genes of the cells, and their library sizes over all genes."""
-    source = opened_source(data, cells.places, columns, cells.matrix.shape[1])
-    source.cells["library_size"] = library_sizes(cells.matrix)
-    source.keys = (*source.keys, "library_size")
-    return source
+    # depth is told by the model's genes alone: other genes of the cells, more or fewer, then make no difference
+    source = opened_source(data, cells.places, columns[columns >= 0], cells.matrix.shape[1])
+    return answers(op, with_missing_genes(source, columns))
 
 
 def answers(op: DifferentiableCellAnnotator, source: Any) -> dict[str, Any]:

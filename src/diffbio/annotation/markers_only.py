@@ -9,14 +9,15 @@ import numpy as np
 from flax import nnx
 
 from ..data.markers import marker_matrix
+from ..data.matrix import library_sizes
 from ..data.names import align_genes
-from ..errors import ConfigError, DataWarning
+from ..errors import DataWarning
 from ..fitting import fit
 from ..operators.singlecell import CellAnnotatorConfig, DifferentiableCellAnnotator
 from ..pipelines.inference import with_missing_genes
-from ..pipelines.run import Checked
+from ..pipelines.run import Checked, opened_source
 from .asked import Asked
-from .classifier import answers, opened_cells
+from .classifier import answers
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,9 +29,6 @@ def train(
     data: "AnnData | str | Path", cells: Checked, markers: Mapping[str, Sequence[str]], asked: Asked
 ) -> DifferentiableCellAnnotator:
     """CellAssign of these cells, by the marker genes that they have."""
-    if asked.n_top_genes is not None:
-        msg = "annotate: mode 'cellassign' reads the marker genes alone; leave n_top_genes out."
-        raise ConfigError(msg)
     n_cells = cells.matrix.shape[0]
     if n_cells < FEW_CELLS:
         message = f"annotate: {n_cells} cells are few to learn from how high a marker is where its type is not"
@@ -56,3 +54,11 @@ def ask(op: DifferentiableCellAnnotator, data: "AnnData | str | Path", cells: Ch
     """What CellAssign says of every cell."""
     columns = align_genes(cells.var.index, op.genes).columns
     return answers(op, with_missing_genes(opened_cells(data, cells, columns[columns >= 0]), columns))
+
+
+def opened_cells(data: "AnnData | str | Path", cells: Checked, columns: np.ndarray) -> Any:
+    """The counts of some genes of the cells, and their library sizes over all: markers alone do not tell the depth."""
+    source = opened_source(data, cells.places, columns, cells.matrix.shape[1])
+    source.cells["library_size"] = library_sizes(cells.matrix)
+    source.keys = (*source.keys, "library_size")
+    return source

@@ -38,7 +38,7 @@ def train(known: Checked, cells: Checked, asked: Asked) -> SCANVI:
     scvi = SCVI(adata, seed=asked.seed)
     scvi.train(max_epochs=asked.max_epochs, progress=asked.progress)
     model = SCANVI.from_scvi_model(scvi, UNLABELLED)
-    model.train(progress=asked.progress)
+    model.train(max_epochs=_at_most(asked, model.fit_defaults["max_epochs_pretrained"]), progress=asked.progress)
     return model
 
 
@@ -77,8 +77,12 @@ def _mapped(model: SCANVI, cells: Checked, asked: Asked) -> SCANVI:
     query = _adata(matrix, names, _batches(cells, asked.batch_key, QUERY), labels, cells.obs.index)
     mapped = SCANVI.load_query_data(query, model)
     if len(mapped.new_batches):
-        mapped.train(progress=asked.progress, seed=asked.seed)
+        mapped.train(max_epochs=asked.max_epochs, progress=asked.progress, seed=asked.seed)
     return mapped
+
+
+def _at_most(asked: Asked, epochs: int) -> int | None:
+    return None if asked.max_epochs is None else min(asked.max_epochs, epochs)
 
 
 def _batches(cells: Checked, key: str | None, name: str) -> np.ndarray:

@@ -14,13 +14,13 @@ from ..data.markers import as_markers
 from ..data.names import column_of
 from ..data.provenance import provenance
 from ..data.read import read
-from ..errors import ConfigError, DataError, ModelFileError
+from ..errors import ConfigError, DataError, DiffBioError, ModelFileError
 from ..models import SCANVI
 from ..operators.singlecell import DifferentiableCellAnnotator
 from ..pipelines.run import Checked, checked_counts
 from ..recording import recording
 from . import classifier, markers_only, partly_labelled
-from .asked import Asked
+from .asked import UNKNOWN, Asked
 from .calls import Annotation, Calling
 
 if TYPE_CHECKING:
@@ -80,25 +80,26 @@ def annotate(
     how: dict[str, Any] = {"layer": layer, "allow_non_integer": allow_non_integer}
     trained = load(model) if isinstance(model, str | Path) else model
     if trained is not None:
+        _check_usable(trained, "the annotator given")
         asked_for, mode = mode, "scanvi" if isinstance(trained, SCANVI) else trained.config.annotation_mode
         if asked_for not in ("", mode):
             msg = f"annotate: the model is of mode {mode!r}, not {asked_for!r}; leave mode out, or pass another model."
             raise ConfigError(msg)
-    if calling.multi_label and mode != "celltypist":
-        msg = f"annotate: multi_label is for mode 'celltypist'; in mode {mode!r} a cell has one type."
-        raise ConfigError(msg)
     asked = Asked(
         labels_key=labels_key, unlabeled_category=unlabeled_category, batch_key=batch_key, other=other,
         n_top_genes=n_top_genes, max_epochs=max_epochs, seed=seed, progress=progress,
     )
+    _refuse_idle(mode, calling, asked, trained=trained is not None)
     with recording() as record:
         origin = data
         stays = on_disk and mode != "scanvi"
         if isinstance(data, str | Path) and not (stays and sniff(Path(data)) in ("h5ad", "zarr")):
             data = read(data)
         cells = checked_counts(data, **how)
+        if labels_key is not None and reference is None:
+            column_of(cells.obs, labels_key)
         if calling.over_clustering is not None:
-            column_of(cells.obs, calling.over_clustering)  # complain before training does
+            _check_groups(cells.obs, calling.over_clustering)  # complain before training does
         if trained is None:
             trained = _trained(mode, data, cells, given, asked, how)
         if isinstance(trained, SCANVI):
@@ -113,7 +114,7 @@ def annotate(
     if isinstance(origin, str | Path):
         entry["input"] = Path(origin).name
     # labels that training has not seen tell how good the answer is
-    unseen = (reference is not None or model is not None) and labels_key in cells.obs
+    unseen = any(value is not None for value in given.values()) and labels_key in cells.obs
     truth = _truth(cells, asked) if unseen else None
     return Annotation(model=trained, calling=calling, record=entry, truth=truth, **answers)
 
@@ -131,11 +132,49 @@ def load(path: str | Path) -> DifferentiableCellAnnotator | SCANVI:
         msg = f"load: {path} holds {header.get('model') or header.get('operator')!r}, which does not annotate cells."
         raise ModelFileError(msg)
     found = DifferentiableCellAnnotator.load(path)
-    if not (found.types and found.fitted):
-        lacks = "does not know the names of its types and genes" if found.fitted else "is untrained"
-        msg = f"load: the annotator in {path} {lacks}; save one that diffbio.tl.annotate or diffbio annotate trained."
-        raise ModelFileError(msg)
+    _check_usable(found, f"the annotator in {path}")
     return found
+
+
+def _check_usable(model: Any, what: str) -> None:
+    """Refuses what cannot annotate cells by the names of their genes."""
+    if isinstance(model, SCANVI):
+        return
+    if not isinstance(model, DifferentiableCellAnnotator):
+        msg = f"annotate: model must be what tl.annotate returned, or the folder of one, got {type(model).__name__}."
+        raise ConfigError(msg)
+    if not (model.types and model.fitted):
+        lacks = "does not know the names of its types and genes" if model.fitted else "is untrained"
+        msg = f"annotate: {what} {lacks}; take one that diffbio.tl.annotate or diffbio annotate trained."
+        raise ModelFileError(msg)
+
+
+def _refuse_idle(mode: str, calling: Calling, asked: Asked, *, trained: bool) -> None:
+    """Settings that would do nothing.
+
+    Raises:
+        ConfigError: naming one, and what it is for.
+    """
+    idle = {
+        "multi_label": (calling.multi_label and mode != "celltypist", "mode 'celltypist'"),
+        "over_clustering": (calling.over_clustering is not None and not calling.majority_voting, "majority_voting"),
+        "min_share": (calling.min_share > 0 and not calling.majority_voting, "majority_voting"),
+        "other": (asked.other is not None and (mode != "cellassign" or trained), "markers="),
+        "batch_key": (asked.batch_key is not None and mode != "scanvi", "mode 'scanvi'"),
+        "n_top_genes": (asked.n_top_genes is not None and (mode == "cellassign" or trained), "training with labels"),
+        "max_epochs": (asked.max_epochs is not None and trained and mode != "scanvi", "training, not for model="),
+    }
+    for name, (does_nothing, what_for) in idle.items():
+        if does_nothing:
+            msg = f"annotate: {name} is for {what_for}; leave it out."
+            raise ConfigError(msg)
+
+
+def _check_groups(obs: pd.DataFrame, key: str) -> None:
+    column = column_of(obs, key)
+    if n_missing := int(column.isna().sum()):
+        msg = f"annotate: obs[{key!r}] has no value for {n_missing} of {len(obs)} cells; fill them in, or name another."
+        raise DataError(msg)
 
 
 def _mode(mode: str | None, given: Mapping[str, Any], labels_key: str | None) -> str:
@@ -177,26 +216,30 @@ def _trained(
         return markers_only.train(data, cells, as_markers(given["markers"]), asked)
     reference = given["reference"]
     known = cells
-    if reference is not None:
-        known = checked_counts(read(reference) if isinstance(reference, str | Path) else reference, **how)
-    if mode == "celltypist":
-        return classifier.train(known, cells.var.index, asked)
-    return partly_labelled.train(known, cells, asked)
+    try:
+        if reference is not None:
+            known = checked_counts(read(reference) if isinstance(reference, str | Path) else reference, **how)
+        if mode == "celltypist":
+            return classifier.train(known, cells.var.index, asked)
+        return partly_labelled.train(known, cells, asked)
+    except DiffBioError as error:
+        if reference is not None:
+            error.add_note("This is about the reference.")
+        raise
 
 
 def _said(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Path):
-        return value.name
+    if value is None:
+        return None
+    if isinstance(value, str | Path):
+        return Path(value).name
     size = f", {value.n_obs:,} cells" if hasattr(value, "n_obs") else ""
     return type(value).__name__ + size
 
 
 def _truth(cells: Checked, asked: Asked) -> np.ndarray | None:
     """Names of the cells' types by their own labels, "" where there is none; None without any."""
-    try:
-        codes, names = asked.labels(cells)
-    except DataError:
-        return None
-    return np.where(codes >= 0, np.array(names, dtype=object)[codes], "")
+    column = column_of(cells.obs, str(asked.labels_key))
+    names = column.astype(str).to_numpy(dtype=object)
+    known = ~(column.isna().to_numpy() | np.isin(names.astype(str), [asked.unlabeled_category, *UNKNOWN]))
+    return np.where(known, names, "") if known.any() else None

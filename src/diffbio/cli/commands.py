@@ -195,10 +195,14 @@ def annotate(
         str | None, typer.Option(help="With --markers: name of one more type, of cells with the markers of none.")
     ] = None,
     min_confidence: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Cells that are less sure are called unassigned.")
+        float, typer.Option(min=0.0, max=1.0, help="Cells of lower confidence are called unassigned.")
     ] = 0.0,
+    min_probability: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Types of lower probability are not called. [default: 0; multi-label 0.5]"),
+    ] = None,
     multi_label: Annotated[
-        bool, typer.Option("--multi-label", help="Mode celltypist: call a cell every type with more than 0.5.")
+        bool, typer.Option("--multi-label", help="Mode celltypist: a cell may be called several types.")
     ] = False,
     majority_voting: Annotated[
         bool, typer.Option("--majority-voting", help="Groups of like cells take their commonest type.")
@@ -206,6 +210,9 @@ def annotate(
     over_clustering: Annotated[
         str | None, typer.Option(help="Column of obs with these groups. [default: found]")
     ] = None,
+    min_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of a group that its commonest type must have.")
+    ] = 0.0,
     n_top_genes: Annotated[
         int | None, typer.Option(min=0, help="Genes to train on; 0 uses all. [default: by mode]")
     ] = None,
@@ -231,8 +238,8 @@ def annotate(
     from ..data.tables import tables_of
 
     calling = Calling(
-        min_confidence=min_confidence, multi_label=multi_label, majority_voting=majority_voting,
-        over_clustering=over_clustering,
+        min_confidence=min_confidence, min_probability=min_probability, multi_label=multi_label,
+        majority_voting=majority_voting, over_clustering=over_clustering, min_share=min_share,
     )  # fmt: skip
     found = annotated(
         cells, mode=mode, reference=reference, labels_key=labels_key, markers=markers, model=model,

@@ -53,7 +53,7 @@ class Celltypist(Mode):
     """A classifier on the latent space of a count VAE, trained with the cells whose type is known."""
 
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 100, "batch_size": 128, "learning_rate": 1e-3, "patience": 20
+        "max_epochs": 30, "batch_size": 128, "learning_rate": 1e-3, "patience": 10
     }
 
     def __init__(self, config: "CellAnnotatorConfig", *, rngs: nnx.Rngs) -> None:
@@ -68,7 +68,7 @@ class Celltypist(Mode):
         return Answer(self.classifier.log_probabilities(z), z)
 
     def sureness(self, probabilities: Float[Array, "cells types"], z: Float[Array, "cells latent"]) -> Cells:
-        """By the probability of every type by itself, and by how near the cell is to those of training."""
+        """How usual the cell is for its nearest type; which type it is may be unsure even so: see the probabilities."""
         return {"confidence": self.classifier.confidence(z), "independent": self.classifier.multi_label(z)}
 
     def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
@@ -83,7 +83,7 @@ class Celltypist(Mode):
         self.classifier.start_from(data["counts"], labels, data["library_size"])
 
     def finish_from(self, latent: np.ndarray, labels: np.ndarray, batch: np.ndarray | None) -> None:
-        """Fits classifiers and the types' clouds anew to the latent space that was learned."""
+        """Finds where the types' cells lie in the latent space that was learned."""
         self.classifier.finish_from(latent, labels)
 
 

@@ -94,7 +94,7 @@ class DifferentiableCellAnnotator(Operator):
     """
 
     config: CellAnnotatorConfig
-    init_cells: ClassVar[int | None] = 4096
+    init_cells: ClassVar[int | None] = 20_000
     cell_numbers = frozenset({"label_indices"})
     rough_in: ClassVar[dict[str, str]] = {}
 
@@ -213,11 +213,12 @@ class DifferentiableCellAnnotator(Operator):
         return self.mode.classifier.marker_scores(cells["counts"], labels, cells["library_size"])
 
     def judge(self, data: Data) -> Data:
-        """`apply`, and how sure it is: probabilities (cells, types), latent, confidence (cells,), 0 to 1, and in mode
-        'celltypist' the probability of every type by itself, independent (cells, types).
+        """`apply`, and how usual a cell is: probabilities (cells, types), latent, confidence (cells,), 0 to 1, and in
+        mode 'celltypist' the probability of every type by itself, independent (cells, types).
 
-        A cell unlike all that it was trained on has a low confidence, in 'celltypist' even where one type is far
-        likelier than the others.
+        In 'celltypist' the confidence says how far a cell is from those of training, and is low for a cell of a type
+        that was not among them; which of the types it is, is the probabilities' to say. In the other modes it is the
+        probability of the likeliest type.
         """  # noqa: D205
         result, _, _ = self.apply(data)
         probabilities, z = result["cell_type_probabilities"], result["latent"]
@@ -255,6 +256,12 @@ class DifferentiableCellAnnotator(Operator):
         if self.config.n_covariates and "covariates" not in cells:
             msg = f"{WHO}: n_covariates is {self.config.n_covariates}, but data has no 'covariates'."
             raise MissingKeyError(msg)
+        markers = cells.get("marker_matrix")
+        if markers is not None and not isinstance(markers, jax.core.Tracer):
+            held = np.asarray(markers)
+            if not ((held >= 0) & (held <= 1)).all():
+                msg = f"{WHO}: data['marker_matrix'] must be in 0..1, got {held.min()} to {held.max()}."
+                raise DataError(msg)
         return {"library_size": cells["counts"].sum(-1), **cells}
 
     def _labels(self, cells: Mapping[str, Any], n_cells: int) -> Int[Array, "cells"]:

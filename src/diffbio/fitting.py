@@ -50,7 +50,8 @@ def fit(
         data: a dict of arrays (counts dense or scipy sparse), an AnnData, or a .h5ad/.zarr path that stays on
             disk; `keys` says where an AnnData or file holds each key: {"batch_labels": "obs/batch"}.
         keys: key -> place, as above; counts are "X" unless named.
-        optimizer: any optax optimizer instead of Adam; of a pipeline, for its VAE.
+        optimizer: any optax optimizer instead of Adam; of a pipeline, for its VAE. Parameters that the model holds
+            (`held_in_fit`), since their start is their optimum, are left to training loops of your own.
         schedules: keyword of the objective -> function of the epoch, such as a KL warm-up; it must end at a finite
             value.
         checkpoint: folder to save to every half minute and when SIGINT or SIGTERM comes.
@@ -97,6 +98,8 @@ def fit(
         model.mark_fitted()
         return History([])
     sampler = model.sampler(gathered(source, None)) if hasattr(model, "sampler") else None
+    if model.held_in_fit:
+        optimizer = _holding(model.held_in_fit, optimizer or optax.adam(chosen.learning_rate))
     history = train(
         model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume, force=force,
         schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
@@ -106,6 +109,18 @@ def fit(
         model.finish_from(_positions(model, source))
     model.mark_fitted()
     return history
+
+
+def _holding(held: tuple[str, ...], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of all parameters but those whose path starts with one of `held`."""
+
+    def kind(path: Any, _leaf: Any) -> str:
+        return "held" if jax.tree_util.keystr(path, simple=True, separator="/").startswith(held) else "trained"
+
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    return optax.multi_transform({"trained": optimizer, "held": optax.set_to_zero()}, kinds)
 
 
 def _positions(model: Operator, source: Source) -> dict[str, np.ndarray]:

@@ -116,6 +116,11 @@ class DifferentiableCellAnnotator(Operator):
         return self.mode.fit_defaults
 
     @property
+    def held_in_fit(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Parameters that `diffbio.fit` leaves where `init_from` has set them."""
+        return tuple(f"mode/{name}" for name in self.mode.held_in_fit)
+
+    @property
     def schedules(self) -> Mapping[str, Any]:
         """The KL term's weight rises from 0 to 1 in the first epochs."""
         warmup = self.mode.kl_warmup

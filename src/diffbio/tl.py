@@ -312,8 +312,9 @@ def annotate(
     Args:
         adata: cells x genes, changed in place.
         mode: "celltypist": a classifier trained on labelled cells. "cellassign": marker genes alone. "scanvi":
-            labelled and unlabelled cells together; a reference comes first, and these cells are mapped onto it as a
-            batch of their own (scArches). None: by what is given, "celltypist" with labels.
+            labelled and unlabelled cells together; a reference comes first, and these cells are mapped onto it as
+            new batches (scArches), unless their batches are the reference's. None: by what is given, "celltypist"
+            with labels.
         reference: annotated cells, an AnnData or a file; None: those of `adata` that have a label.
         labels_key: column of `obs` with the types.
         markers: {type: [genes]}, a table, or a .csv, .tsv, .yaml, .json or .gmt file.

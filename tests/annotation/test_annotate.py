@@ -3,12 +3,14 @@
 import anndata as ad
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import sparse
 from toy_cells import toy_cells
 
 from diffbio import models, tl
 from diffbio.annotation import load
 from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError, ModelFileError
+from diffbio.operators.singlecell import CellAnnotatorConfig, DifferentiableCellAnnotator
 
 FAST = {"max_epochs": 3}
 
@@ -117,6 +119,18 @@ def test_markers_annotate_without_labels(parts):
     again = parts[1].copy()
     tl.annotate(again, model=model)
     assert list(again.obs["diffbio_cell_type"]) == list(query.obs["diffbio_cell_type"])
+
+
+def test_a_model_cannot_call_a_type_whose_markers_are_gone(parts):
+    genes = [str(name) for name in parts[1].var_names[:8]]
+    config = CellAnnotatorConfig(annotation_mode="cellassign", n_cell_types=2, n_genes=8, marker_matrix_shape=(2, 8))
+    model = DifferentiableCellAnnotator(config, rngs=nnx.Rngs(0))
+    model.note(("a", "b"), tuple(genes), n_cells=1, labels_key=None)
+    model.markers = (tuple(genes[:7]), (genes[7],))
+    model.mark_fitted()
+    query = parts[1][:, [name for name in parts[1].var_names if name != genes[7]]].copy()
+    with pytest.warns(DataWarning, match="1 of the model's 8"), pytest.raises(DataError, match="of the type 'b'"):
+        tl.annotate(query, model=model)
 
 
 def test_scanvi_maps_a_query_onto_a_reference(parts, tmp_path):

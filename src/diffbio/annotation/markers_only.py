@@ -11,7 +11,7 @@ from flax import nnx
 from ..data.markers import marker_matrix
 from ..data.matrix import library_sizes
 from ..data.names import align_genes
-from ..errors import DataWarning
+from ..errors import DataError, DataWarning
 from ..fitting import fit
 from ..operators.singlecell import CellAnnotatorConfig, DifferentiableCellAnnotator
 from ..pipelines.inference import with_missing_genes
@@ -52,7 +52,15 @@ def train(
 
 def ask(op: DifferentiableCellAnnotator, data: "AnnData | str | Path", cells: Checked) -> dict[str, Any]:
     """What CellAssign says of every cell."""
-    columns = align_genes(cells.var.index, op.genes).columns
+    alignment = align_genes(cells.var.index, op.genes)
+    for name, genes in zip(op.types, op.markers, strict=True):
+        if genes and set(genes) <= set(alignment.missing):
+            msg = (
+                f"annotate: the data have none of the markers of the type {name!r} ({', '.join(genes[:5])}), which the "
+                "model could not call; train one with markers= on these cells"
+            )
+            raise DataError(msg)
+    columns = alignment.columns
     return answers(op, with_missing_genes(opened_cells(data, cells, columns[columns >= 0]), columns))
 
 

@@ -50,9 +50,11 @@ OF_GENES = ("base", "log_effect", "deviation", "covariate_weights", "dropout_log
 class CellAssign(nnx.Module):
     """A mixture of one count distribution per cell type, whose markers say which is which. Born in eval mode.
 
-    What differs from the paper: the term of the module's docstring; the dispersion is a function of the log mean at
-    size factor 1, so that it does not change with depth, and its radial bases are normalised, so that it is flat
-    beyond them; log(delta - least) is normal, not log(delta); the Dirichlet prior is taken in the basis of the logits.
+    What differs from the paper: the term of the module's docstring; a marker's least effect is 0.2 nats, not log 2,
+    since lists made by rank tests hold genes that are raised by less than twofold; the dispersion is a function of
+    the log mean at size factor 1, so that it does not change with depth, and its radial bases are normalised, so
+    that it is flat beyond them; log(delta - least) is normal, not log(delta); the Dirichlet prior is taken in the
+    basis of the logits.
 
     n_genes, n_types: of the marker matrix; a row of zeros is a type without markers, "other".
     n_covariates: width of the covariates.

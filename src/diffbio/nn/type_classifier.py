@@ -341,7 +341,7 @@ def _sigmoid(logits: np.ndarray, truth: np.ndarray) -> tuple[float, np.ndarray]:
 def fold_temperature(x: np.ndarray, labels: np.ndarray, n_types: int) -> float:
     """What to divide the logits of `ridge_classes` by, by cells that it was not given: a ridge is unsure of all.
 
-    x: log expression (cells, genes). Genes are weighed anew in each of FOLDS folds. 1 where a type has a single cell.
+    x: log expression (cells, genes). Genes are weighed anew in each of FOLDS folds. 1 where no type has cells for them.
     """
     rows = np.random.default_rng(0).permutation(len(x))[:FOLD_CELLS]
     rows = rows[np.argsort(labels[rows], kind="stable")]  # so that every fold has its share of every type

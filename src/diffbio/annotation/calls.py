@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..data.plain import plain
 from ..math.voting import majority_vote, over_cluster
-from ..operators.base import Config, positive, setting
+from ..operators.base import Config, setting
 
 UNASSIGNED = "unassigned"
 LISTED = 12  # types that the summary counts
@@ -32,8 +32,8 @@ class Calling(Config):
     multi_label: a cell is called every type whose probability, independent of the others', is at least
         min_probability, joined by '|'. Only of mode 'celltypist'.
     majority_voting: a group of like cells, or a cluster of the column over_clustering, takes its commonest type.
-    over_clustering: column of `obs`; None: cells are grouped finely by their latent positions.
-    n_groups: how many of these; None: about one for 30 cells.
+    over_clustering: column of `obs`; None: cells are grouped finely by their latent positions,
+        about 30 to a group.
     min_share: of its cells that the commonest type of a group must have; else the group is 'Heterogeneous'.
     """
 
@@ -43,7 +43,6 @@ class Calling(Config):
     majority_voting: bool = False
     over_clustering: str | None = None
     min_share: float = share(0.0)
-    n_groups: int | None = positive(None)
 
 
 @dataclasses.dataclass
@@ -87,7 +86,7 @@ class Annotation:
             found["obsm/diffbio_cell_type_independent_prob"] = self.independent.astype(np.float32)
         if calling.majority_voting:
             if calling.over_clustering is None:
-                groups = over_cluster(self.latent, n_clusters=calling.n_groups, seed=seed)
+                groups = over_cluster(self.latent, seed=seed)
             else:
                 groups = pd.factorize(obs[calling.over_clustering])[0]
             voted, _ = majority_vote(called, groups, min_share=calling.min_share, confidence=sure)
@@ -146,7 +145,6 @@ class Annotation:
             "n_unassigned": int((called == UNASSIGNED).sum()),
             "mean_confidence": float(self.confidence.mean()),
         }
-
 
     def _scores(self, called: np.ndarray) -> dict[str, Any]:
         """How the calls agree with the truth; an unassigned cell is a wrong call."""

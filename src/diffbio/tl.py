@@ -323,7 +323,8 @@ def annotate(
         batch_key: column of `obs`, in the reference, too; "scanvi" reads it.
         other: name of one more type for cells without the markers of any; "cellassign" reads it.
         min_confidence: a cell whose confidence is lower is called "unassigned". In "celltypist" confidence is how usual
-            the cell is for its nearest type, else the probability of the likeliest type.
+            the cell is for its nearest type; in "cellassign" how usual its counts are for the called type, times the
+            probability; in "scanvi" the probability.
         min_probability: a cell is not called a type of lower probability, but "unassigned"; None is 0, with
             multi_label 0.5.
         multi_label: "celltypist" calls a cell every type whose probability by itself is at least min_probability,

@@ -279,3 +279,19 @@ def test_missing_covariates_are_named():
     model, data = example()
     with pytest.raises(ConfigError, match="covariates is None"):
         model.log_joint(*data[:3])
+
+
+def test_surprise_is_the_mean_squared_pearson_residual():
+    rng = np.random.default_rng(0)
+    markers = (np.arange(12)[None] % 3 == np.arange(3)[:, None]).astype(np.float32)
+    model = CellAssign(12, 3, rngs=nnx.Rngs(0))
+    model.base[...] = jnp.asarray(rng.normal(0.5, 0.3, 12), jnp.float32)
+    size = rng.uniform(0.5, 2.0, 4000).astype(np.float32)
+    log_mean = np.asarray(model.log_mean(jnp.asarray(markers)))
+    theta = np.exp(np.asarray(model.log_dispersion(jnp.asarray(log_mean))))
+    mean = size[:, None] * np.exp(log_mean[1])
+    counts = rng.poisson(rng.gamma(theta[1], mean / theta[1])).astype(np.float32)
+    found = np.asarray(model.surprise(jnp.asarray(counts), jnp.asarray(markers), jnp.asarray(size)))
+    np.testing.assert_allclose(found[:, 1], ((counts - mean) ** 2 / (mean + mean**2 / theta[1])).mean(1), rtol=1e-3)
+    assert abs(found[:, 1].mean() - 1) < 0.05, "of cells that are of the type it is 1 on average"
+    assert found[:, 0].mean() > 1.2

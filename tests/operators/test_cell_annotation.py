@@ -62,6 +62,15 @@ def test_marker_mode_does_not_depend_on_depth_nor_on_the_company(by_markers):
     np.testing.assert_allclose(alone, run(by_markers, {"counts": counts})["cell_type_probabilities"][:1], rtol=1e-4)
 
 
+def test_marker_mode_is_unsure_of_cells_that_no_type_explains(by_markers):
+    counts, _, _ = three_types(seed=1)
+    known = by_markers.judge({"counts": jnp.asarray(counts)})["confidence"]
+    strange = np.random.default_rng(3).poisson(np.tile([9.0, 0.0], 10), (50, 20)).astype(np.float32)
+    odd = by_markers.judge({"counts": jnp.asarray(strange)})["confidence"]
+    assert np.median(known) > 0.8
+    assert np.quantile(odd, 0.9) < np.quantile(known, 0.1)
+
+
 def test_a_type_without_markers_takes_the_cells_of_no_type():
     counts, types, markers = three_types()
     counts = np.where((types == 2)[:, None], np.random.default_rng(2).poisson(1.0, counts.shape), counts)

@@ -146,12 +146,7 @@ class CellAssign(nnx.Module):
         size_factor: depth of a cell by all genes, in units of the average cell's; 0 counts as 1.
         covariates: needed with n_covariates.
         """
-        offset = log_positive(size_factor)[:, None]
-        if self.n_covariates:
-            if covariates is None:
-                msg = f"CellAssign: it has n_covariates={self.n_covariates}, but covariates is None."
-                raise ConfigError(msg)
-            offset = offset + covariates @ self.covariate_weights[...]
+        offset = self._offset(size_factor, covariates)
         log_mean = self.log_mean(marker_matrix)
         of_type = (log_mean,) if self.likelihood == "poisson" else (log_mean, self.log_dispersion(log_mean))
         dropout = self.dropout_logit[...] if self.likelihood == "zinb" else jnp.zeros(())
@@ -175,6 +170,28 @@ class CellAssign(nnx.Module):
     ) -> Float[Array, "cells types"]:
         """Log p(type | counts) of every cell; arguments as for `log_joint`."""
         return jax.nn.log_softmax(self.log_joint(counts, marker_matrix, size_factor, covariates), axis=1)
+
+    def surprise(
+        self,
+        counts: Float[Array, "cells genes"],
+        marker_matrix: Float[Array, "types genes"],
+        size_factor: Float[Array, "cells"],
+        covariates: Float[Array, "cells covariates"] | None = None,
+    ) -> Float[Array, "cells types"]:
+        """Mean over genes of (count - mean)² / variance under every type: about 1 for a cell that is of it.
+
+        Extra zeros of 'zinb' are not in mean and variance. Arguments as for `log_joint`.
+        """
+        offset = self._offset(size_factor, covariates)
+        log_mean = self.log_mean(marker_matrix)
+        poisson = self.likelihood == "poisson"
+        over = jnp.zeros_like(log_mean) if poisson else jnp.exp(-self.log_dispersion(log_mean))
+
+        def of_type(of_type: Any) -> jax.Array:
+            mean = jnp.exp(of_type[0] + offset)
+            return ((counts - mean) ** 2 / (mean + mean**2 * of_type[1])).mean(-1)
+
+        return jax.lax.map(of_type, (log_mean, over)).T
 
     def loss(
         self,
@@ -260,6 +277,16 @@ class CellAssign(nnx.Module):
             mine = getattr(self, name)
             value = param[...].astype(mine[...].dtype)
             mine[...] = mine[...].at[..., listed].set(value) if name in OF_GENES else value
+
+    def _offset(self, size_factor: jax.Array, covariates: jax.Array | None) -> jax.Array:
+        """What all types' log means of a cell have in common."""
+        offset = log_positive(size_factor)[:, None]
+        if not self.n_covariates:
+            return offset
+        if covariates is None:
+            msg = f"CellAssign: it has n_covariates={self.n_covariates}, but covariates is None."
+            raise ConfigError(msg)
+        return offset + covariates @ self.covariate_weights[...]
 
     def _start_at(self, counts: np.ndarray, rho: np.ndarray, size: np.ndarray, members: np.ndarray) -> None:
         """Base and effects by the ratios of mean counts, with half an average cell added to every type."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WHO = "DifferentiableCellAnnotator"
 UNLABELLED = -1
+USUAL = 0.99  # of the cells of training
 
 Cells = Mapping[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -45,9 +46,18 @@ class Mode(nnx.Module):
     takes_sparse: ClassVar[bool] = True  # counts
     held_in_fit: ClassVar[tuple[str, ...]] = ()  # parameters whose start is their optimum
 
-    def sureness(self, probabilities: Float[Array, "cells types"], z: Float[Array, "cells latent"]) -> Cells:
+    def answer(self, cells: Cells) -> Answer:
+        """Log probabilities and latent positions."""
+        raise NotImplementedError
+
+    def positions(self, cells: Cells, labels: Int[Array, "cells"]) -> Cells:
+        """What `finish_from` needs of every cell, one row each."""
+        found = {"latent": self.answer(cells).latent, "labels": labels}
+        return found | ({"batch_labels": cells["batch_labels"]} if "batch_labels" in cells else {})
+
+    def sureness(self, cells: Cells, answer: Answer) -> Cells:
         """How sure the answer is: the probability of the likeliest type."""
-        return {"confidence": probabilities.max(-1)}
+        return {"confidence": jnp.exp(answer.log_probabilities).max(-1)}
 
 
 class Celltypist(Mode):
@@ -72,8 +82,9 @@ class Celltypist(Mode):
         z = self.classifier.latent(cells["counts"], cells["library_size"])
         return Answer(self.classifier.log_probabilities(z), z)
 
-    def sureness(self, probabilities: Float[Array, "cells types"], z: Float[Array, "cells latent"]) -> Cells:
+    def sureness(self, cells: Cells, answer: Answer) -> Cells:
         """How usual the cell is for its nearest type; which type it is may be unsure even so: see the probabilities."""
+        z = answer.latent
         return {"confidence": self.classifier.confidence(z), "independent": self.classifier.multi_label(z)}
 
     def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
@@ -87,9 +98,9 @@ class Celltypist(Mode):
             raise DataError(msg)
         self.classifier.start_from(data["counts"], labels, data["library_size"])
 
-    def finish_from(self, latent: np.ndarray, labels: np.ndarray, batch: np.ndarray | None) -> None:
+    def finish_from(self, found: Mapping[str, np.ndarray]) -> None:
         """Finds where the types' cells lie in the latent space that was learned."""
-        self.classifier.finish_from(latent, labels)
+        self.classifier.finish_from(found["latent"], found["labels"])
 
 
 class Cellassign(Mode):
@@ -113,6 +124,7 @@ class Cellassign(Mode):
         # of the cells it was fitted to: a cell's size factor does not depend on the others it comes with
         self.mean_library = Constant(jnp.ones(()))
         self.n_cells = Constant(jnp.ones(()))
+        self.usual = Constant(jnp.ones(()))  # surprise that 99 % of them are below
         shape = config.marker_matrix_shape
         self.marker_matrix = nnx.data(None if shape is None else Constant(jnp.zeros(shape)))
 
@@ -120,6 +132,28 @@ class Cellassign(Mode):
         """By the posterior of the types."""
         known = self._known(cells)
         return Answer(self.model.log_probabilities(cells["counts"], *known), self._latent(cells))
+
+    def sureness(self, cells: Cells, answer: Answer) -> Cells:
+        """The probability of the likeliest type, times how usual the cell would be for it: 1 / (1 + (x / x99)^4).
+
+        x is the mean squared residual of its counts, x99 that which 99 % of the cells of training are below.
+        """
+        typical = 1.0 / (1.0 + (self.surprise(cells, answer) / self.usual[...]) ** 4)
+        return {"confidence": jnp.exp(answer.log_probabilities).max(-1) * typical}
+
+    def surprise(self, cells: Cells, answer: Answer) -> Float[Array, "cells"]:
+        """Of every cell under its likeliest type."""
+        called = jnp.argmax(answer.log_probabilities, -1)[:, None]
+        return jnp.take_along_axis(self.model.surprise(cells["counts"], *self._known(cells)), called, 1)[:, 0]
+
+    def positions(self, cells: Cells, labels: Int[Array, "cells"]) -> Cells:
+        """What `finish_from` needs."""
+        return {"surprise": self.surprise(cells, self.answer(cells))}
+
+    def finish_from(self, found: Mapping[str, np.ndarray]) -> None:
+        """Notes how surprising the cells of training are."""
+        usual = max(float(np.quantile(found["surprise"], USUAL)), 1e-3)
+        self.usual.set_value(jnp.asarray(usual, self.usual[...].dtype))
 
     def loss(self, cells: Cells, counts: Counts, labels: Int[Array, "cells"], kl_weight: jax.Array | float) -> Loss:
         """The negative log likelihood of CellAssign with its priors, and the negative ELBO of the VAE."""
@@ -198,10 +232,10 @@ class Scanvi(Mode):
         """Starts at the mean gene fractions."""
         self.model.start_from(data["counts"])
 
-    def finish_from(self, latent: np.ndarray, labels: np.ndarray, batch: np.ndarray | None) -> None:
+    def finish_from(self, found: Mapping[str, np.ndarray]) -> None:
         """Fits the classifier anew to the latent space that was learned, by labelled and unlabelled cells."""
-        if (labels >= 0).any():
-            self.model.fit_classifier(latent, labels, batch)
+        if (found["labels"] >= 0).any():
+            self.model.fit_classifier(found["latent"], found["labels"], found.get("batch_labels"))
 
 
 MODES: dict[str, type[Celltypist | Cellassign | Scanvi]] = {

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ...errors import ConfigError, DataError, MissingKeyError
 from ...math.sparse import SparseRows
 from ..base import Config, Data, Operator, nonnegative, one_of, positive
-from .annotation_modes import MODES, UNLABELLED, WHO, Cellassign, Celltypist
+from .annotation_modes import MODES, UNLABELLED, WHO, Celltypist
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,16 +192,12 @@ class DifferentiableCellAnnotator(Operator):
 
     def positions(self, data: Data) -> Data:
         """What `finish_from` needs of every cell, one row each."""
-        if isinstance(self.mode, Cellassign):
-            return {}
         cells = self._complete(self._inputs(data))
-        found = {"latent": self.mode.answer(cells).latent, "labels": self._labels(cells, len(cells["counts"]))}
-        return found | ({"batch_labels": cells["batch_labels"]} if "batch_labels" in cells else {})
+        return dict(self.mode.positions(cells, self._labels(cells, len(cells["counts"]))))
 
     def finish_from(self, data: Data) -> None:
-        """After training: the classifier that goes best with the latent space that was learned."""
-        if not isinstance(self.mode, Cellassign):
-            self.mode.finish_from(data["latent"], data["labels"], data.get("batch_labels"))
+        """After training: the classifier that goes best with the latent space; how far off cells usually are."""
+        self.mode.finish_from(data)
 
     def marker_scores(self, data: Data) -> Float[Array, "cell_types genes"]:
         """In mode 'celltypist', how much a gene speaks for a type: the mean gradient of the type's logit, less that
@@ -218,16 +214,18 @@ class DifferentiableCellAnnotator(Operator):
         return self.mode.classifier.marker_scores(cells["counts"], labels, cells["library_size"])
 
     def judge(self, data: Data) -> Data:
-        """`apply`, and how usual a cell is: probabilities (cells, types), latent, confidence (cells,), 0 to 1, and in
-        mode 'celltypist' the probability of every type by itself, independent (cells, types).
+        """What `apply` says without known labels, and how usual a cell is: probabilities (cells, types), latent,
+        confidence (cells,), 0 to 1, and in 'celltypist' the probability of every type by itself, independent.
 
         In 'celltypist' the confidence says how far a cell is from those of training, and is low for a cell of a type
-        that was not among them; which of the types it is, is the probabilities' to say. In the other modes it is the
-        probability of the likeliest type.
+        that was not among them; which of the types it is, is the probabilities' to say. In 'cellassign' it is the
+        probability of the likeliest type times how usual the cell's counts would be for it, in 'scanvi' the
+        probability.
         """  # noqa: D205
-        result, _, _ = self.apply(data)
-        probabilities, z = result["cell_type_probabilities"], result["latent"]
-        return {"probabilities": probabilities, "latent": z, **self.mode.sureness(probabilities, z)}
+        cells = self._complete(self._inputs(data))
+        answer = self.mode.answer(cells)
+        sureness = self.mode.sureness(cells, answer)
+        return {"probabilities": jnp.exp(answer.log_probabilities), "latent": answer.latent, **sureness}
 
     def note(self, types: tuple[str, ...], genes: tuple[str, ...], *, n_cells: int, labels_key: str | None) -> None:
         """Writes down the names of types and genes, and what it was trained on; `save` keeps them."""

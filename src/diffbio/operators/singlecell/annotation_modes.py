@@ -4,7 +4,7 @@ Every mode is a module with `answer(cells) -> Answer`, `loss(cells, counts, labe
 `start_from(data, labels)`; `cells` are the operator's checked inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -46,9 +46,8 @@ class Mode(nnx.Module):
     takes_sparse: ClassVar[bool] = True  # counts
     held_in_fit: ClassVar[tuple[str, ...]] = ()  # parameters whose start is their optimum
 
-    def answer(self, cells: Cells) -> Answer:
-        """Log probabilities and latent positions."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        answer: Callable[[Cells], Answer]  # each mode has its own
 
     def positions(self, cells: Cells, labels: Int[Array, "cells"]) -> Cells:
         """What `finish_from` needs of every cell, one row each."""
@@ -67,8 +66,8 @@ class Celltypist(Mode):
         "max_epochs": 30, "batch_size": 128, "learning_rate": 1e-3, "patience": 10
     }
 
-    # logistic regression, convex; moved along with the VAE it calls cells of another chemistry worse: 0.767 on average
-    # of 9 fine types, where it has 0.771 (pbmc_three_chemistries), and 0.918 for 0.923 on pbmc3k
+    # logistic regression, convex; moved along with the VAE it calls cells of another chemistry worse: accuracy 0.767 on
+    # average of 9 fine types, where it has 0.771 (pbmc_three_chemistries); within a data set it makes no difference
     held_in_fit = ("classifier/linear", "classifier/classifier", "classifier/one_vs_rest")
 
     def __init__(self, config: "CellAnnotatorConfig", *, rngs: nnx.Rngs) -> None:

@@ -4,6 +4,7 @@ from scipy import sparse
 from toy_cells import toy_cells
 
 from diffbio import pp
+from diffbio.pp.ambient import _soup
 from diffbio.errors import ConfigError, DataError, MissingKeyError
 
 
@@ -63,7 +64,7 @@ def test_ambient_profile_from_raw_droplets_and_from_nowhere():
     raw = toy_cells(80, 20, seed=1)
     raw.obs_names = [f"droplet{i}" for i in range(80)]
     raw.X = sparse.csr_matrix(np.random.default_rng(0).poisson(20 * profile, (80, 20)).astype(np.float32))
-    found = pp._soup(adata, None, raw, None)
+    found = _soup(adata, None, raw, None)
     assert np.abs(found - profile).max() < 0.03  # 1,600 molecules
     with pytest.raises(DataError, match="other genes"):
-        pp._soup(adata, None, toy_cells(80, 5), None)
+        _soup(adata, None, toy_cells(80, 5), None)

@@ -1,4 +1,4 @@
-"""Preprocessing on AnnData: `diffbio.pp.highly_variable(adata)`; each writes what its docstring lists."""
+"""Ambient RNA on AnnData."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -6,16 +6,14 @@ import numpy as np
 from flax import nnx
 from scipy import sparse
 
-from . import slots
-from .data.genes import highly_variable_genes
-from .data.source import ArraySource, counts_of
-from .data.transform import pearson_residuals, per_cell, shifted_log
-from .data.validate import check_ambient_profile
-from .errors import DataError, MissingKeyError
-from .fitting import fit
-from .operators.singlecell import AmbientRemovalConfig, DifferentiableAmbientRemoval
-from .pipelines.inference import apply_in_chunks
-from .recording import recorded
+from .. import slots
+from ..data.source import ArraySource, counts_of
+from ..data.validate import check_ambient_profile
+from ..errors import DataError, MissingKeyError
+from ..fitting import fit
+from ..operators.singlecell import AmbientRemovalConfig, DifferentiableAmbientRemoval
+from ..pipelines.inference import apply_in_chunks
+from ..recording import recorded
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -78,51 +76,6 @@ def ambient(
     back = np.argsort(np.concatenate(groups))
     adata.layers[slots.DECONTAMINATED] = sparse.vstack(clean, format="csr")[back]
     adata.obs[slots.AMBIENT_FRACTION] = fraction
-
-
-@recorded
-def highly_variable(
-    adata: "AnnData",
-    *,
-    n_top_genes: int = 2000,
-    batch_key: str | None = None,
-    layer: str | None = None,
-    copy: bool = False,
-) -> None:
-    """Finds the genes that vary more than their mean explains, batch by batch (seurat_v3).
-
-    Adds `var["diffbio_highly_variable"]`.
-    """
-    found = highly_variable_genes(
-        counts_of(adata, layer=layer) if adata.isbacked else slots.counts(adata, layer),
-        n_top_genes=n_top_genes,
-        batch_labels=slots.labels(adata, batch_key),
-    )
-    adata.var[slots.VARIABLE] = found["highly_variable"].to_numpy()
-
-
-@recorded
-def normalize(
-    adata: "AnnData", *, method: str = "shifted_log", layer: str | None = None, copy: bool = False
-) -> None:
-    """Makes the counts of cells comparable.
-
-    Args:
-        adata: cells x genes, changed in place.
-        method: "shifted_log" is log(1 + x / size factor), size factors relative to the median cell; "cpm" is
-            counts per million; "pearson_residuals" those of Lause et al. 2021 (dense).
-        layer: of the counts; None is X.
-        copy: works on a copy and returns it.
-
-    Adds `layers["diffbio_normalized"]`.
-    """
-    slots.choose(method, ["shifted_log", "cpm", "pearson_residuals"], "pp.normalize")
-    matrix = slots.counts(adata, layer)
-    if method == "cpm":
-        result = per_cell(matrix, total=1e6)
-    else:
-        result = shifted_log(matrix) if method == "shifted_log" else pearson_residuals(matrix)
-    adata.layers[slots.NORMALIZED] = result
 
 
 def _soup(

@@ -1,10 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import diffbio.math.neighbors as module
 from diffbio.errors import ConfigError, DataError
-from diffbio.math.neighbors import knn
+from diffbio.math.neighbors import knn, nearest
 
 
 def distance_matrix(x, y, metric):
@@ -99,3 +100,17 @@ def test_bad_points_are_named(points):
         knn(points, 3, queries=points[:, :4])
     with pytest.raises(ConfigError, match="metric"):
         knn(points, 3, metric="manhattan")
+
+
+def test_nearest_is_knn_in_a_program():
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    wanted = knn(x, 5).indices
+    np.testing.assert_array_equal(nearest(jnp.asarray(x), 5), wanted)
+    np.testing.assert_array_equal(jax.jit(lambda x: nearest(x, 5))(x), wanted)
+    np.testing.assert_array_equal(
+        jax.jit(lambda x, q: nearest(x, 5, queries=q))(x, x[:7] + 0.1), knn(x, 5, queries=x[:7] + 0.1).indices
+    )
+    grad = jax.jit(jax.grad(lambda x: ((x[:, None] - x[nearest(x, 5)]) ** 2).sum()))(x)
+    np.testing.assert_allclose(grad, jax.grad(lambda x: ((x[:, None] - x[wanted]) ** 2).sum())(x), rtol=1e-5)
+    with pytest.raises(ConfigError, match="from 1 to 59"):
+        jax.jit(lambda x: nearest(x, 60))(x)

@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from ..errors import ConfigError, DataError
 
@@ -120,3 +122,35 @@ def _sorted(points: np.ndarray, asked: np.ndarray, found: np.ndarray, metric: st
     order = np.lexsort((found, distances), axis=1)
     indices, distances = (np.take_along_axis(a, order, axis=1) for a in (found, distances))
     return Neighbors(indices.astype(np.int32), distances)
+
+
+def nearest(
+    points: Float[Array, "cells features"],
+    k: int,
+    *,
+    queries: Float[Array, "queries features"] | None = None,
+    metric: str = "euclidean",
+) -> Int[Array, "_rows neighbors"]:
+    """Row numbers of the k nearest `points` of each query, or of each point, itself excluded: `knn` in a JAX program.
+
+    A discrete choice: no gradient goes through it; take distances from the rows that it names. On values it runs on
+    the host at once, inside jit as a host callback.
+
+    Raises:
+        ConfigError: k is out of range, or the metric unknown.
+    """
+    points = jax.lax.stop_gradient(points)
+    asked = None if queries is None else jax.lax.stop_gradient(queries)
+    given = (points,) if asked is None else (points, asked)
+
+    def search(points: Any, queries: Any = None) -> np.ndarray:
+        return knn(points, k, metric=metric, queries=queries).indices
+
+    if not any(isinstance(a, jax.core.Tracer) for a in given):
+        return jnp.asarray(search(*given))
+    largest = len(points) - 1 if queries is None else len(points)
+    if not 1 <= k <= largest:
+        msg = f"nearest: k must be from 1 to {largest} for {len(points)} points, got {k}."
+        raise ConfigError(msg)
+    shape = jax.ShapeDtypeStruct((len(given[-1]), k), jnp.int32)
+    return jax.pure_callback(search, shape, *given, vmap_method="sequential")

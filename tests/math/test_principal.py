@@ -25,7 +25,7 @@ def test_equals_scikit_learn(shape):
 def test_gradient_equals_finite_differences(shape):
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(1).normal(size=shape))
-        check_grads(lambda x: principal_components(x, 3), (x,), order=1, modes=["rev"], rtol=1e-5)
+        check_grads(lambda x: principal_components(jnp.asarray(x), 3), (x,), order=1, modes=["rev"], rtol=1e-5)
 
 
 def test_gradient_is_bounded_where_eigenvalues_meet():

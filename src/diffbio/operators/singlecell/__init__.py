@@ -10,6 +10,8 @@ from .ambient_removal import AmbientRemovalConfig as AmbientRemovalConfig
 from .ambient_removal import DifferentiableAmbientRemoval as DifferentiableAmbientRemoval
 from .cell_annotation import CellAnnotatorConfig as CellAnnotatorConfig
 from .cell_annotation import DifferentiableCellAnnotator as DifferentiableCellAnnotator
+from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoubletScorer
+from .doublet_detection import DoubletScorerConfig as DoubletScorerConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig

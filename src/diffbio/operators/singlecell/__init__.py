@@ -10,9 +10,13 @@ from .ambient_removal import AmbientRemovalConfig as AmbientRemovalConfig
 from .ambient_removal import DifferentiableAmbientRemoval as DifferentiableAmbientRemoval
 from .cell_annotation import CellAnnotatorConfig as CellAnnotatorConfig
 from .cell_annotation import DifferentiableCellAnnotator as DifferentiableCellAnnotator
+from .diffusion_imputation import DifferentiableDiffusionImputer as DifferentiableDiffusionImputer
+from .diffusion_imputation import DiffusionImputerConfig as DiffusionImputerConfig
 from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoubletScorer
 from .doublet_detection import DoubletScorerConfig as DoubletScorerConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig
 from .soft_clustering import SoftKMeansClustering as SoftKMeansClustering
+from .soft_hvg import SoftHVGConfig as SoftHVGConfig
+from .soft_hvg import SoftHVGSelector as SoftHVGSelector

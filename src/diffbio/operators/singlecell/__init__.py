@@ -16,6 +16,8 @@ from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoub
 from .doublet_detection import DoubletScorerConfig as DoubletScorerConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
+from .quality_filter import DifferentiableQualityFilter as DifferentiableQualityFilter
+from .quality_filter import QualityFilterConfig as QualityFilterConfig
 from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig
 from .soft_clustering import SoftKMeansClustering as SoftKMeansClustering
 from .soft_hvg import SoftHVGConfig as SoftHVGConfig

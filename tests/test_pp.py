@@ -4,8 +4,9 @@ from scipy import sparse
 from toy_cells import toy_cells
 
 from diffbio import pp
+from diffbio.data.read import read
+from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError
 from diffbio.pp.ambient import _soup
-from diffbio.errors import ConfigError, DataError, MissingKeyError
 
 
 def test_normalize_writes_one_layer_and_leaves_x_alone():
@@ -68,3 +69,26 @@ def test_ambient_profile_from_raw_droplets_and_from_nowhere():
     assert np.abs(found - profile).max() < 0.03  # 1,600 molecules
     with pytest.raises(DataError, match="other genes"):
         _soup(adata, None, toy_cells(80, 5), None)
+
+
+def test_cells_are_called_and_the_soup_is_read_from_all_droplets(data_dir):
+    raw = read(data_dir / "pbmc_raw_droplets_toy.h5ad")
+    with pytest.warns(DataWarning, match="simulations are too few"):
+        pp.call_cells(raw, n_simulations=500)
+    assert pp.call_cells(raw) is None
+    truth = raw.obs["is_cell"].astype(str).eq("True").to_numpy()
+    called = raw.obs["diffbio_is_cell"].to_numpy()
+    assert not called[~truth].any()
+    assert called[truth].mean() > 0.9
+    assert raw.obs["diffbio_cell_fdr"][called].max() <= 0.001
+    assert raw.var["ambient_profile"].sum() == pytest.approx(1.0)
+    here = np.flatnonzero(np.asarray(raw.X[called].sum(axis=0)).ravel())[::-1]
+    cells = raw[called][:, raw.var_names[here]].copy()
+    del cells.var["ambient_profile"]
+    pp.ambient(cells, raw=raw, max_epochs=2)  # genes in another order
+    # droplets of at most 100 counts, whose sums are at hand
+    droplets = raw.X.toarray()
+    empty = droplets[droplets.sum(axis=1) <= 100].sum(axis=0)
+    expected = empty[here] / empty[here].sum()
+    np.testing.assert_allclose(_soup(cells, None, raw, None), expected, atol=1e-7)
+    assert cells.obs["diffbio_ambient_fraction"].between(0, 1).all()

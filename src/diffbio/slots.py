@@ -23,6 +23,7 @@ CLUSTER, CLUSTER_PROB = "diffbio_cluster", "diffbio_cluster_prob"
 AMBIENT_FRACTION, AMBIENT_PROFILE = "diffbio_ambient_fraction", "ambient_profile"
 DECONTAMINATED, NORMALIZED = "diffbio_decontaminated", "diffbio_normalized"
 VARIABLE = "diffbio_highly_variable"
+IS_CELL, CELL_FDR = "diffbio_is_cell", "diffbio_cell_fdr"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
 

@@ -113,3 +113,19 @@ def test_tables_and_size_of_a_file(tmp_path, monkeypatch):
     assert not should_stream(path)
     monkeypatch.setattr("diffbio.data.tables.free_memory", lambda: 3 * tables.n_bytes)
     assert should_stream(path)
+
+
+def test_the_soup_is_read_from_all_droplets(tmp_path):
+    adata = toy_cells(40, 20)
+    profile = adata.var.pop("ambient_profile").to_numpy()
+    raw = toy_cells(300, 20, seed=1)[:, ::-1].copy()
+    raw.obs_names = [f"droplet{i}" for i in range(300)]
+    raw.X = np.random.default_rng(0).poisson(40 * profile[::-1], (300, 20)).astype(np.float32)
+    path = write_results(raw, tmp_path / "raw.h5ad", {})
+    prepared = prepare(adata, RunSettings(raw=str(path), n_top_genes=12))
+    soup = prepared.source.take(np.arange(2))["ambient_profile"]
+    np.testing.assert_allclose(soup, profile[prepared.genes] / profile[prepared.genes].sum(), atol=0.02)
+    np.testing.assert_allclose(prepared.soup.profile.sum(), 1.0)
+    assert "ambient removal" not in prepared.skipped
+    with pytest.raises(ConfigError, match="give one of them"):
+        RunSettings(raw="raw.h5", ambient_profile="soup")

@@ -26,6 +26,7 @@ from .options import (
     Stream,
 )
 from .places import HEADER, check_model, check_places, conclude, held, make, on_disk, settings_from
+from .steps import Steps, through
 from .streams import say, told
 
 app = typer.Typer(
@@ -85,8 +86,11 @@ def demo(
 
 @app.command()
 def run(
-    cells: Cells,
     output: Output,
+    cells: Annotated[
+        Path | None,
+        typer.Argument(help="Counts: .h5ad, .zarr, 10x .h5, or a 10x folder. [default: called from --raw]"),
+    ] = None,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs to correct for.")] = None,
     label_key: LabelKey = None,
     config: Annotated[
@@ -95,6 +99,17 @@ def run(
     figures: Figures = None,
     layer: Layer = None,
     ambient_profile: Profile = None,
+    raw: Annotated[
+        Path | None, typer.Option(help="Counts of all droplets: the soup is removed; without CELLS, cells are called.")
+    ] = None,
+    quality: Annotated[
+        bool | None, typer.Option("--quality", help="First weigh cells by depth, genes and mitochondrial share.")
+    ] = None,
+    doublets: Annotated[str | None, typer.Option(help="First score doublets: scrublet or solo.")] = None,
+    impute: Annotated[str | None, typer.Option(help="Also write imputed counts: diffusion or transformer.")] = None,
+    drop_flagged: Annotated[
+        bool | None, typer.Option("--drop-flagged", help="Leave out cells of low quality and predicted doublets.")
+    ] = None,
     n_top_genes: Annotated[
         int | None, typer.Option(min=0, help="Variable genes to use; 0 uses all. [default: 2000]")
     ] = None,
@@ -127,7 +142,8 @@ def run(
     given = {
         "batch_key": batch_key, "label_key": label_key, "layer": layer, "ambient_profile": ambient_profile,
         "n_top_genes": n_top_genes, "n_clusters": n_clusters, "max_epochs": epochs, "batch_size": batch_size,
-        "seed": seed, "allow_non_integer": allow_non_integer or None,
+        "seed": seed, "allow_non_integer": allow_non_integer or None, "raw": raw, "quality": quality,
+        "doublets": doublets, "impute": impute, "drop_flagged": drop_flagged,
     }  # fmt: skip
     settings |= {name: value for name, value in given.items() if value is not None}
     if settings.get("n_top_genes") == 0:
@@ -309,7 +325,7 @@ def doctor(debug: Debug = False) -> None:
 
 
 def run_pipeline(
-    cells: Path,
+    cells: Path | None,
     output: Path,
     settings: dict[str, Any],
     *,
@@ -322,10 +338,15 @@ def run_pipeline(
     quiet: bool = False,
     save_model: Path | None = None,
 ) -> None:
-    """Checks what can be checked, then analyses, writes and draws."""
+    """Checks what can be checked, goes through the steps before the pipeline, then analyses, writes and draws."""
     from ..data.write import write_results
 
-    check_places(cells, output, figures, force=force)
+    steps = Steps.among(settings)
+    first = cells if cells is not None else steps.raw
+    if first is None:
+        msg = "no cells; give a file of cells, or with --raw that of all droplets, from which cells are called"
+        raise InputFileError(msg)
+    check_places(first, output, figures, force=force)
     if checkpoint is not None:
         make(checkpoint)
     if save_model is not None:
@@ -342,16 +363,19 @@ def run_pipeline(
     with held(folder, keep=checkpoint is not None):
         try:
             with told():
+                left = on_disk(first, stream) if cells is not None and not steps.in_memory else bool(stream)
+                ready = through(cells, steps, on_disk=left, settings=settings, quiet=quiet)
                 analysis = analyse(
-                    cells,
-                    on_disk=on_disk(cells, stream),
+                    ready.data,
+                    on_disk=left,
                     checkpoint=folder,
                     resume=resume,
                     force=force,
                     progress=not quiet,
                     **settings,
                 )
-                write_results(cells, output, analysis.results(normalized=normalized), overwrite=force)
+                analysis.record["input"] = first.name
+                write_results(ready.data, output, analysis.results(normalized=normalized), overwrite=force)
                 if save_model is not None:
                     analysis.pipeline.save(save_model)
         except (TrainingInterrupted, OutputError, TrainingDivergedError) as error:
@@ -365,4 +389,4 @@ def run_pipeline(
             raise
         if checkpoint is None:
             forget(folder)
-    conclude(analysis.summary(), [output] if save_model is None else [output, save_model], figures)
+    conclude(ready.lines + analysis.summary(), [output] if save_model is None else [output, save_model], figures)

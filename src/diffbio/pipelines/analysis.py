@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from .. import slots
+from ..data.droplets import Soup
 from ..data.plain import plain
 from ..data.source import Source
 from ..data.write import RowStream, add_results
@@ -37,6 +38,7 @@ class Prepared:
     skipped: dict[str, str]
     counts: dict[str, float]
     present: Any = slice(None)  # of the pipeline's genes those that the data have
+    soup: Soup | None = None  # read from all droplets
 
 
 @dataclasses.dataclass
@@ -73,6 +75,8 @@ class Analysis:
             found = joined(apply_in_chunks(ambient, source, ["contamination_fraction"]))
             results[f"obs/{slots.AMBIENT_FRACTION}"] = found["contamination_fraction"]
             results["decontaminated_counts"] = self._layer("decontaminated_counts")
+        if self.prepared.soup is not None:
+            results[f"var/{slots.AMBIENT_PROFILE}"] = self.prepared.soup.profile
         if normalized:
             results["normalized"] = self._layer("normalized")
         if len(self.prepared.genes) < self.prepared.n_genes:

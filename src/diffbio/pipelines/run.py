@@ -13,6 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from .. import slots
+from ..data.droplets import soup_of
 from ..data.genes import highly_variable_genes
 from ..data.guard import sniff
 from ..data.names import batch_codes, column_of, label_codes
@@ -22,7 +23,7 @@ from ..data.read import read
 from ..data.source import as_source, counts_of
 from ..data.tables import tables_of
 from ..data.validate import check_ambient_profile, check_counts
-from ..errors import ConfigError, MissingKeyError
+from ..errors import ConfigError, DataError, MissingKeyError
 from ..fitting import fit
 from ..operators.base import Config, Operator, _is_a, _say_type, nonnegative, positive
 from ..operators.normalization.umap import UMAPConfig
@@ -52,6 +53,7 @@ class RunSettings(Config):
     layer: of the counts; None is X.
     ambient_profile: column of `var` with the soup's gene fractions. None takes "ambient_profile" if it is
         there; without it the ambient removal is skipped.
+    raw: file of all droplets, without a choice of cells: those of 1 to 100 counts that hold no cell are the soup.
     n_top_genes: variable genes to use (seurat_v3, batch by batch); None uses all.
     allow_non_integer: accepts values that are not whole, such as counts after a correction.
     seed: of everything drawn at random.
@@ -61,9 +63,16 @@ class RunSettings(Config):
     label_key: str | None = None
     layer: str | None = None
     ambient_profile: str | None = None
+    raw: str | None = None
     n_top_genes: int | None = positive(2000)
     allow_non_integer: bool = False
     seed: int = nonnegative(0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.raw is not None and self.ambient_profile is not None:
+            msg = "raw and ambient_profile both say what the soup is; give one of them."
+            raise ConfigError(msg)
 
 
 def known_settings() -> dict[str, type[Any]]:
@@ -186,13 +195,14 @@ def prepare(data: AnnData | str | Path, run: RunSettings) -> Prepared:
     if run.n_top_genes is not None and run.n_top_genes < len(genes):
         variable = highly_variable_genes(found.matrix, n_top_genes=run.n_top_genes, batch_labels=codes)
         genes = np.flatnonzero(variable["highly_variable"].to_numpy())
-    if "ambient_profile" not in places:
+    soup = None if run.raw is None else soup_of(run.raw, found.var.index, found.obs.index)
+    if soup is None and "ambient_profile" not in places:
         skipped["ambient removal"] = (
             f"no ambient profile is known: var has no column {slots.AMBIENT_PROFILE!r}, and none was named"
         )
-    source = opened_source(data, places, genes, found.matrix.shape[1])
+    source = opened_source(data, places, genes, found.matrix.shape[1], soup=None if soup is None else soup.profile)
     names = tuple(map(str, found.var.index[genes]))
-    return Prepared(source, genes, names, found.matrix.shape[1], batches, labels, skipped, found.counts)
+    return Prepared(source, genes, names, found.matrix.shape[1], batches, labels, skipped, found.counts, soup=soup)
 
 
 class Checked(NamedTuple):
@@ -212,7 +222,7 @@ def checked(data: AnnData | str | Path, run: RunSettings) -> Checked:
         DataError: naming what is wrong.
     """
     found = checked_counts(data, layer=run.layer, allow_non_integer=run.allow_non_integer)
-    profile = _profile(found.var, run.ambient_profile)
+    profile = None if run.raw is not None else _profile(found.var, run.ambient_profile)
     if profile is None:
         return found
     check_ambient_profile(profile, found.matrix.shape[1])
@@ -251,8 +261,15 @@ def checked_counts(data: AnnData | str | Path, *, layer: str | None, allow_non_i
     return Checked(obs, var, matrix, {"counts": "X" if layer is None else f"layers/{layer}"}, counts)
 
 
-def opened_source(data: AnnData | str | Path, places: Mapping[str, str], genes: np.ndarray, n_genes: int) -> Any:
-    """The cells with the chosen genes; the soup of those sums to 1 again."""
+def opened_source(
+    data: AnnData | str | Path,
+    places: Mapping[str, str],
+    genes: np.ndarray,
+    n_genes: int,
+    *,
+    soup: np.ndarray | None = None,
+) -> Any:
+    """The cells with the chosen genes; the soup of those, given or found at its place, sums to 1 again."""
     source: Any = as_source(
         data,
         cell_keys={"counts", "batch_labels"},
@@ -260,9 +277,15 @@ def opened_source(data: AnnData | str | Path, places: Mapping[str, str], genes: 
         mapping=places,
         genes=None if np.array_equal(genes, np.arange(n_genes)) else genes,
     )
+    if soup is not None:
+        source.keys = (*source.keys, "ambient_profile")
+        source.constants["ambient_profile"] = soup[genes].astype(np.float32)
     if "ambient_profile" in source.constants:
-        soup = source.constants["ambient_profile"]
-        source.constants["ambient_profile"] = soup / soup.sum()
+        known = source.constants["ambient_profile"]
+        if not known.sum() > 0:
+            msg = f"the soup holds none of the {len(genes):,} chosen genes; take more (n_top_genes), or another profile"
+            raise DataError(msg)
+        source.constants["ambient_profile"] = known / known.sum()
     return source
 
 

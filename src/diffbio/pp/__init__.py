@@ -1,5 +1,6 @@
 """Preprocessing on AnnData: `diffbio.pp.highly_variable(adata)`; each writes what its docstring lists."""
 
 from .ambient import ambient as ambient
+from .call_cells import call_cells as call_cells
 from .highly_variable import highly_variable as highly_variable
 from .normalize import normalize as normalize

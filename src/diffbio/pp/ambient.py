@@ -7,26 +7,26 @@ from flax import nnx
 from scipy import sparse
 
 from .. import slots
-from ..data.source import ArraySource, counts_of
+from ..data.droplets import soup_of
+from ..data.source import ArraySource
 from ..data.validate import check_ambient_profile
-from ..errors import DataError, MissingKeyError
+from ..errors import MissingKeyError
 from ..fitting import fit
 from ..operators.singlecell import AmbientRemovalConfig, DifferentiableAmbientRemoval
 from ..pipelines.inference import apply_in_chunks
 from ..recording import recorded
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anndata import AnnData
-
-EMPTY_DROPLET = 100  # counts: below this a droplet is taken for one without a cell, as CellBender's default
-
 
 @recorded
 def ambient(
     adata: "AnnData",
     *,
     ambient_profile: Any = None,
-    raw: "AnnData | None" = None,
+    raw: "AnnData | str | Path | None" = None,
     batch_key: str | None = None,
     max_epochs: int | None = None,
     layer: str | None = None,
@@ -40,13 +40,16 @@ def ambient(
         adata: cells x genes, changed in place.
         ambient_profile: gene fractions of the soup, an array or a column of `var`; None takes `raw`, or the
             column "ambient_profile".
-        raw: all droplets of the experiment with the same genes; those with 1 to 100 counts are the soup.
+        raw: all droplets of the experiment, or their file, with these genes among its own; those with 1 to 100 counts
+            that are no cells of `adata` are the soup.
         batch_key: column of `obs` (and of `raw.obs`): each batch is fitted by itself, with its own soup.
         max_epochs: passes over the cells at most; None is what the operator prefers.
         layer: of the counts; None is X.
         random_state: seed.
         progress: whether to show how training goes.
         copy: works on a copy and returns it.
+
+    `pp.cells` finds the cells of an unfiltered matrix.
 
     Adds `layers["diffbio_decontaminated"]` (sparse; never negative, never above the counts) and
     `obs["diffbio_ambient_fraction"]`, the share of a cell's counts ascribed to the soup.
@@ -79,23 +82,11 @@ def ambient(
 
 
 def _soup(
-    adata: "AnnData", profile: Any, raw: "AnnData | None", batch: "tuple[Any, Any] | None"
+    adata: "AnnData", profile: Any, raw: "AnnData | str | Path | None", batch: "tuple[Any, Any] | None"
 ) -> np.ndarray:
     """Gene fractions of the soup: an array, a column of `var`, or the sum of droplets without a cell."""
     if profile is None and raw is not None:
-        if list(raw.var_names) != list(adata.var_names):
-            msg = "pp.ambient: raw has other genes than adata; give both the same, raw[:, adata.var_names]"
-            raise DataError(msg)
-        droplets = cast("Any", sparse.csr_array)(counts_of(raw))
-        sizes = np.asarray(droplets.sum(axis=1)).ravel()
-        empty = (sizes > 0) & (sizes <= EMPTY_DROPLET) & ~raw.obs_names.isin(adata.obs_names)
-        if batch is not None:
-            empty &= (raw.obs[batch[0]] == batch[1]).to_numpy()
-        if not empty.any():
-            msg = f"pp.ambient: raw has no droplets of 1 to {EMPTY_DROPLET} counts; pass ambient_profile"
-            raise DataError(msg)
-        soup = np.asarray(droplets[empty].sum(axis=0), np.float64).ravel()
-        return check_ambient_profile(soup / soup.sum(), adata.n_vars)
+        return soup_of(raw, adata.var_names, adata.obs_names, batch=batch).profile
     if profile is None or isinstance(profile, str):
         name = profile or slots.AMBIENT_PROFILE
         if name not in adata.var:

@@ -96,6 +96,7 @@ def draw_pairs(key: jax.Array, order: Int[Array, " cells"], n_pairs: int) -> Int
     return order[jnp.stack([first, other], axis=1)]
 
 
+@jax.jit
 def doublet_positions(
     scores: Float[Array, "cells components"],
     library: Float[Array, " cells"],

@@ -115,36 +115,21 @@ class DifferentiableDoubletScorer(Operator):
         n, config = len(counts), self.config
         library = counts.sum(1) if library_size is None else library_size
         self._check(counts, library, doublet_pairs)
-        reference = order = None
-        if doublet_pairs is None or n > REFERENCE_CELLS:
-            order = content_order(counts)
-            reference = order[:REFERENCE_CELLS] if n > REFERENCE_CELLS else None
         n_reference = min(n, REFERENCE_CELLS)
-        if doublet_pairs is None:
-            assert order is not None
+        reference = None
+        if doublet_pairs is None or n > REFERENCE_CELLS:
             key = self.noise() if self.training else jax.random.key(self.pair_seed[...])
-            doublet_pairs = draw_pairs(key, order, max(1, int(n_reference * config.sim_doublet_ratio)))
+            drawn, reference = _draw(key, counts, n_reference, max(1, int(n_reference * config.sim_doublet_ratio)))
+            doublet_pairs = drawn if doublet_pairs is None else doublet_pairs
         observed = self._positions(counts, library)
         simulated = doublet_positions(observed, library, doublet_pairs)
-        ratio = len(doublet_pairs) / n_reference
         k = round(0.5 * math.sqrt(n_reference)) if config.n_neighbors == 0 else config.n_neighbors
+        ratio = len(doublet_pairs) / n_reference
         k = max(1, min(round(k * (1 + ratio)), n_reference + len(doublet_pairs) - 2))
-        shares = simulated_share(observed, simulated, reference, k=k, temperature=config.neighbor_temperature)
-        of_cells, of_doublets = (smoothed_share(share, k=k) for share in shares)
-        prior = {"ratio": ratio, "expected_rate": config.expected_doublet_rate}
-        scores, simulated_scores = (bayesian_score(q, **prior) for q in (of_cells, of_doublets))
-        valley = minimum_between_modes(simulated_scores)
-        called = (scores > valley.value).mean()
-        found = valley.found & (called <= MOST_CALLED * config.expected_doublet_rate)
-        threshold = jnp.where(found, valley.value, jnp.quantile(scores, 1 - config.expected_doublet_rate))
-        return {
-            "doublet_scores": scores,
-            "predicted_doublets": jax.nn.sigmoid((scores - threshold) / config.threshold_temperature),
-            "doublet_errors": bayesian_error(of_cells, k=k, rate_sd=config.doublet_rate_sd, **prior),
-            "simulated_doublet_scores": simulated_scores,
-            "doublet_threshold": threshold,
-            "threshold_found": found,
-        }
+        shares = simulated_share(
+            observed, simulated, reference if n > n_reference else None, k=k, temperature=config.neighbor_temperature
+        )
+        return _scored(*shares, k=k, ratio=ratio, config=config)
 
     def _positions(self, counts: jax.Array, library: jax.Array) -> jax.Array:
         """Principal components of standardised counts of the variable genes, of cells of one library size."""
@@ -157,13 +142,7 @@ class DifferentiableDoubletScorer(Operator):
                 "counts or more in at least 3 of them; pass raw counts of one experiment."
             )
             raise DataError(msg)
-        genes = jnp.argsort(~found, stable=True)[:n_kept]  # as many as any data may have, for one shape under jit
-        x = counts[:, genes] * factor[:, None]
-        centred = x - x.mean(0)
-        variance = (centred**2).mean(0)
-        used = found[genes] & (variance > 0)
-        z = centred * jnp.where(used, jax.lax.rsqrt(jnp.where(used, variance, 1.0)), 0.0)
-        return principal_components(z, self.config.n_pca_components).scores
+        return _projected(counts, factor, found, n_kept, self.config.n_pca_components)
 
     def _n_kept(self) -> int:
         """The most genes that can lie at or above the percentile."""
@@ -229,3 +208,44 @@ def _choose(counts: jax.Array, factor: jax.Array, percentile: float) -> jax.Arra
 
     shape = jax.ShapeDtypeStruct(mean.shape, jnp.bool_)
     return jax.pure_callback(chosen, shape, mean, variance, detected)
+
+
+@functools.partial(jax.jit, static_argnames=("n_kept", "n_components"))
+def _projected(counts: jax.Array, factor: jax.Array, found: jax.Array, n_kept: int, n_components: int) -> jax.Array:
+    """Principal components of the standardised genes that were found."""
+    genes = jnp.argsort(~found, stable=True)[:n_kept]  # as many as any data may have, for one shape under jit
+    x = counts[:, genes] * factor[:, None]
+    centred = x - x.mean(0)
+    variance = (centred**2).mean(0)
+    used = found[genes] & (variance > 0)
+    z = centred * jnp.where(used, jax.lax.rsqrt(jnp.where(used, variance, 1.0)), 0.0)
+    return principal_components(z, n_components).scores
+
+
+@functools.partial(jax.jit, static_argnames=("n_reference", "n_pairs"))
+def _draw(key: jax.Array, counts: jax.Array, n_reference: int, n_pairs: int) -> tuple[jax.Array, jax.Array]:
+    """Pairs of cells, and the cells that are a reference."""
+    order = content_order(counts)
+    return draw_pairs(key, order, n_pairs), order[:n_reference]
+
+
+@functools.partial(jax.jit, static_argnames=("k", "ratio", "config"))
+def _scored(
+    of_cells: jax.Array, of_doublets: jax.Array, *, k: int, ratio: float, config: DoubletScorerConfig
+) -> DoubletScores:
+    """Scores, errors and threshold from the shares of simulated doublets among neighbours."""
+    of_cells, of_doublets = smoothed_share(of_cells, k=k), smoothed_share(of_doublets, k=k)
+    prior = {"ratio": ratio, "expected_rate": config.expected_doublet_rate}
+    scores, simulated_scores = bayesian_score(of_cells, **prior), bayesian_score(of_doublets, **prior)
+    valley = minimum_between_modes(simulated_scores)
+    called = (scores > valley.value).mean()
+    found = valley.found & (called <= MOST_CALLED * config.expected_doublet_rate)
+    threshold = jnp.where(found, valley.value, jnp.quantile(scores, 1 - config.expected_doublet_rate))
+    return {
+        "doublet_scores": scores,
+        "predicted_doublets": jax.nn.sigmoid((scores - threshold) / config.threshold_temperature),
+        "doublet_errors": bayesian_error(of_cells, k=k, rate_sd=config.doublet_rate_sd, **prior),
+        "simulated_doublet_scores": simulated_scores,
+        "doublet_threshold": threshold,
+        "threshold_found": found,
+    }

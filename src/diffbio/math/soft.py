@@ -20,7 +20,7 @@ def soft_top_k(scores: Float[Array, " items"], k: int, temperature: float | Arra
     fixed = jax.lax.stop_gradient(scores)
     width = jax.lax.stop_gradient(jnp.asarray(temperature, scores.dtype))
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) / 2
         too_many = jax.nn.sigmoid((fixed - middle) / width).sum() > k

@@ -1,8 +1,21 @@
 """Operators of the single-cell workflow, those of `operators.normalization` among them."""
 
+from ..normalization import DifferentiablePCA as DifferentiablePCA
+from ..normalization import DifferentiableScaler as DifferentiableScaler
 from ..normalization import DifferentiableUMAP as DifferentiableUMAP
+from ..normalization import LearnableOrthogonalProjection as LearnableOrthogonalProjection
+from ..normalization import LearnableProjection as LearnableProjection
 from ..normalization import LibrarySizeConfig as LibrarySizeConfig
 from ..normalization import LibrarySizeNormalizer as LibrarySizeNormalizer
+from ..normalization import MatrixFreePCA as MatrixFreePCA
+from ..normalization import MatrixFreePCAConfig as MatrixFreePCAConfig
+from ..normalization import PCAConfig as PCAConfig
+from ..normalization import ProjectionConfig as ProjectionConfig
+from ..normalization import ScalerConfig as ScalerConfig
+from ..normalization import SoftComponentConfig as SoftComponentConfig
+from ..normalization import SoftComponentSelection as SoftComponentSelection
+from ..normalization import StochasticGateConfig as StochasticGateConfig
+from ..normalization import StochasticGateSelector as StochasticGateSelector
 from ..normalization import UMAPConfig as UMAPConfig
 from ..normalization import VAENormalizer as VAENormalizer
 from ..normalization import VAENormalizerConfig as VAENormalizerConfig
@@ -22,3 +35,5 @@ from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig
 from .soft_clustering import SoftKMeansClustering as SoftKMeansClustering
 from .soft_hvg import SoftHVGConfig as SoftHVGConfig
 from .soft_hvg import SoftHVGSelector as SoftHVGSelector
+from .transformer_denoiser import DifferentiableTransformerDenoiser as DifferentiableTransformerDenoiser
+from .transformer_denoiser import TransformerDenoiserConfig as TransformerDenoiserConfig

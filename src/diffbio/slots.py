@@ -23,7 +23,11 @@ CLUSTER, CLUSTER_PROB = "diffbio_cluster", "diffbio_cluster_prob"
 AMBIENT_FRACTION, AMBIENT_PROFILE = "diffbio_ambient_fraction", "ambient_profile"
 DECONTAMINATED, NORMALIZED = "diffbio_decontaminated", "diffbio_normalized"
 VARIABLE = "diffbio_highly_variable"
+IMPUTED = "diffbio_imputed"
 IS_CELL, CELL_FDR = "diffbio_is_cell", "diffbio_cell_fdr"
+CELL_WEIGHT, QUALITY_PASS = "diffbio_cell_weight", "diffbio_quality_pass"
+QUALITY_METRICS = ("diffbio_counts", "diffbio_genes", "diffbio_mitochondrial_share")
+QUALITY_THRESHOLDS = "quality_thresholds"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
 

@@ -27,3 +27,4 @@ from .drawing import codes_of as codes_of
 from .drawing import color_of as color_of
 from .drawing import record_of as record_of
 from .drawing import scatter as scatter
+from .quality import quality as quality

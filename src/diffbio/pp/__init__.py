@@ -3,4 +3,6 @@
 from .ambient import ambient as ambient
 from .call_cells import call_cells as call_cells
 from .highly_variable import highly_variable as highly_variable
+from .impute import impute as impute
 from .normalize import normalize as normalize
+from .quality import quality as quality

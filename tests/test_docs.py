@@ -105,7 +105,23 @@ def annotation_page():
     return {"reference": cells[:120].copy(), "query": cells[120:160].copy(), "more": cells[160:].copy()}
 
 
+def quality_page():
+    """The demo's real cells, and a few droplets of soup beside toy cells."""
+    import anndata
+    from scipy import sparse
+
+    from diffbio.data.datasets import pbmc68k
+
+    cells, rng = toy_cells(60, 30), np.random.default_rng(0)
+    profile = cells.var.pop("ambient_profile").to_numpy()
+    soup = np.array([rng.multinomial(n, profile) for n in rng.integers(20, 100, 400)], np.float32)
+    raw = anndata.AnnData(sparse.csr_matrix(np.vstack([20 * cells.X.toarray(), soup])), var=cells.var)
+    raw.obs_names = [f"droplet{i}" for i in range(460)]
+    return {"adata": pbmc68k(), "raw": raw}
+
+
 PRELUDES = {
+    "quality_control.md": quality_page,
     "single_cell_pipeline.md": pipeline_page,
     "scvi_tools_models.md": scvi_tools_page,
     "cell_type_annotation.md": annotation_page,

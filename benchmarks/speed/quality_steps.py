@@ -56,7 +56,7 @@ jax.block_until_ready(op.apply(dense(), {}, None)[0]["hvg_weights"])""",
     "shifted log": "pp.normalize(adata)",
     "Pearson residuals": "pp.normalize(adata, method='pearson_residuals')",
     "PCA, exact": """
-op = N.DifferentiablePCA(N.DifferentiablePCAConfig(n_components=50), rngs=nnx.Rngs(0))
+op = N.DifferentiablePCA(N.PCAConfig(n_components=50), rngs=nnx.Rngs(0))
 jax.block_until_ready(op.apply({"features": dense()["counts"]}, {}, None)[0]["pca"])""",
     "PCA, randomized": """
 op = N.MatrixFreePCA(N.MatrixFreePCAConfig(n_components=50), rngs=nnx.Rngs(0))

@@ -95,8 +95,8 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
     if steps.quality:
         _progress("weighing cells by their quality", quiet)
         pp.quality(adata, batch_key=settings.get("batch_key"), **common)
-        flagged = adata.obs[slots.CELL_WEIGHT].to_numpy() < 0.5
-        lines.append(f"{int(flagged.sum()):,} of {adata.n_obs:,} cells are of low quality (weight below 0.5)")
+        flagged = ~adata.obs[slots.QUALITY_PASS].to_numpy()
+        lines.append(f"{int(flagged.sum()):,} of {adata.n_obs:,} cells are of low quality")
     if steps.doublets is not None:
         _progress(f"scoring doublets ({steps.doublets})", quiet)
         pp.doublets(adata, method=steps.doublets, batch_key=settings.get("batch_key"), **common)

@@ -38,9 +38,9 @@ def quality(adata: "AnnData") -> "np.ndarray":
         for b, batch in enumerate(table.index):
             paint = "black" if len(table) == 1 else PALETTE[b % len(PALETTE)]
             for i, limit in enumerate(limits):
-                name_of = None if i or k or len(table) == 1 or len(table) > 8 else short(str(batch))
+                name_of = None if i or k < len(columns) - 1 or len(table) == 1 or len(table) > 8 else short(str(batch))
                 axes[k].axvline(table[limit].iloc[b], color=paint, linewidth=1, linestyle="--", label=name_of)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[len(columns) - 1].legend(frameon=False, fontsize=8)
     _weights(figure, axes[-1], adata, columns, weight)
     figure.suptitle(f"{kept.sum():,} of {len(kept):,} cells within all thresholds", fontsize=10)
     return np.asarray(axes)

@@ -96,6 +96,7 @@ def quality(
     if genes is None:
         table = table.drop(columns="mitochondrial_max")
     adata.obs[slots.CELL_WEIGHT], adata.obs[slots.QUALITY_PASS] = weight, passes
+    adata.obs = adata.obs.drop(columns=[c for c in slots.QUALITY_METRICS if c in adata.obs])  # of an earlier run
     for column, value in zip(slots.QUALITY_METRICS, metrics.values(), strict=False):
         adata.obs[column] = value
     adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), slots.QUALITY_THRESHOLDS: table}

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, MissingKeyError
 from ...math.soft import hard_rank, soft_rank, soft_top_k, straight_through, top_k_mask
 from ...math.variance_trend import standardized_variance
 from ..base import Config, Data, Operator, one_of, positive, setting
@@ -145,6 +145,7 @@ class SoftHVGSelector(Operator):
             msg = f"SoftHVGSelector: data['counts'] has {counts.shape[0]} cells; variable genes need {FEWEST}."
             raise DataError(msg)
         factor = jnp.ones(counts.shape[1], counts.dtype) if gene_weights is None else gene_weights
+        self._check_labels(batch_labels)
         if batch_labels is None or self.config.n_batches == 1:
             scores = self._scores(counts, None) * factor
             return scores, _log(scores)
@@ -184,6 +185,21 @@ class SoftHVGSelector(Operator):
         variance = (weight[:, None] * (counts - mean) ** 2).sum(axis=0) / (n - 1)
         return jnp.where(mean > 0, variance / jnp.where(mean > 0, mean, 1.0), 0.0)
 
+    def _check_labels(self, batch_labels: Array | None) -> None:
+        n_batches = self.config.n_batches
+        if batch_labels is None:
+            if n_batches > 1:
+                msg = f"SoftHVGSelector needs data['batch_labels'], since n_batches is {n_batches}."
+                raise MissingKeyError(msg)
+        elif not isinstance(batch_labels, jax.core.Tracer):
+            labels = np.asarray(batch_labels)
+            highest, lowest = int(labels.max()), int(labels.min())
+            if highest >= n_batches or lowest < 0:
+                wrong = highest if highest >= n_batches else lowest
+                msg = f"SoftHVGSelector: data['batch_labels'] holds {wrong}, but n_batches is {n_batches}; number the "
+                msg += f"batches from 0 and pass n_batches={max(highest, 0) + 1}."
+                raise DataError(msg)
+
     def _n_top(self) -> int:
         return min(self.config.n_top_genes, self.config.n_genes)
 
@@ -195,7 +211,8 @@ class SoftHVGSelector(Operator):
         """One batch; two batches with weights of the genes; stochastic gates."""
         rng = np.random.default_rng(0)
         mean = rng.lognormal(0.5, 1, 14)
-        counts = jnp.asarray(rng.poisson(mean * rng.gamma(2, 0.5, (20, 14))), jnp.float32)
+        # not whole: where two genes have equal means their order, and with it the partition, is not smooth
+        counts = jnp.asarray(rng.poisson(mean * rng.gamma(2, 0.5, (20, 14))) * rng.uniform(0.8, 1.2, 14), jnp.float32)
         labels = jnp.arange(20) % 2
 
         def op(**settings: Any) -> SoftHVGSelector:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from scipy import sparse
 
+from ...data.transform import per_cell
 from ...errors import ConfigError, DataError
 from ...losses.molecular_cv import poisson_loss, split_molecules
 from ...math.diffusion import Markov, adaptive_affinity, diffuse, markov, neighbor_distances, step
@@ -23,7 +24,7 @@ from ..base import Config, Data, Operator, nonnegative, one_of, positive
 MOST_STEPS = 20  # of diffusion; MAGIC's own search for t ends there
 SHARE_KEPT = 0.9  # of the molecules, when t and bandwidth are learned; the others have to be predicted
 # (cells, genes) entries that t and bandwidth are learned from: three numbers need no more
-LEARNING_ENTRIES = 1 << 21
+LEARNING_ENTRIES = 1 << 20
 FEWEST_GENES = 64
 
 
@@ -82,7 +83,7 @@ class DifferentiableDiffusionImputer(Operator):
     config: DiffusionImputerConfig
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"neighbor_indices"})
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 40, "batch_size": 4096, "learning_rate": 0.05, "validation": 0.0,
+        "max_epochs": 40, "batch_size": 4096, "learning_rate": 0.1, "validation": 0.0,
     }  # fmt: skip
 
     def __init__(self, config: DiffusionImputerConfig, *, rngs: nnx.Rngs) -> None:
@@ -153,7 +154,7 @@ class DifferentiableDiffusionImputer(Operator):
         """Does once what does not depend on the parameters: the split of the molecules, components, neighbours.
 
         Of many cells, some genes are enough to learn three numbers from: evenly spaced in order of expression, so
-        that there are about two million entries. Neighbours come from all genes.
+        that there are about a million entries. Neighbours come from all genes.
         """
         if data.get("counts") is None:
             return data
@@ -204,10 +205,7 @@ class DifferentiableDiffusionImputer(Operator):
 
     def embedded_on_host(self, counts: Any) -> np.ndarray:
         """What cells are compared by, of counts that may be sparse."""
-        counts = sparse.csr_matrix(counts, dtype=np.float32)
-        library = np.asarray(counts.sum(axis=1)).ravel()
-        y = sparse.diags(1.0 / np.where(library > 0, library, 1.0)).astype(np.float32) @ counts
-        return pca(np.sqrt(y), min(self.config.n_pca_components, *counts.shape)).scores
+        return pca(np.sqrt(per_cell(counts, total=1.0)), min(self.config.n_pca_components, *counts.shape)).scores
 
     def neighbors_on_host(self, embeddings: np.ndarray) -> np.ndarray:
         """Row numbers of each cell's nearest.

@@ -24,7 +24,7 @@ class LibrarySizeConfig(Config):
     log: whether to take the logarithm.
     method: "shifted_log" is the logarithm of scaled counts (log CPM with target_sum 1e6), "pearson_residuals" the
         analytic residuals of a negative binomial.
-    theta: its inverse overdispersion; None is 100.
+    theta: its inverse overdispersion.
     learnable: makes the exponent of the library size and the pseudocount weights to train.
     """
 
@@ -32,12 +32,12 @@ class LibrarySizeConfig(Config):
     pseudocount: float = positive(1.0)
     log: bool = True
     method: str = one_of("shifted_log", "pearson_residuals")
-    theta: float | None = positive(None)
+    theta: float = positive(THETA)
     learnable: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "shifted_log" and self.theta is not None:
+        if self.method == "shifted_log" and self.theta != THETA:
             msg = f"LibrarySizeConfig.theta is for method='pearson_residuals'; it is {self.theta} without."
             raise ConfigError(msg)
         if self.method != "shifted_log" and (self.learnable or not self.log):
@@ -128,9 +128,8 @@ class LibrarySizeNormalizer(Operator):
         columns = counts.sum(axis=0)
         share = columns / jnp.maximum(columns.sum(), 1.0) if gene_share is None else gene_share.astype(counts.dtype)
         mean = total[:, None] * share
-        theta = THETA if self.config.theta is None else self.config.theta
         expected = mean > 0
-        sd = jnp.sqrt(jnp.where(expected, mean + mean**2 / theta, 1.0))
+        sd = jnp.sqrt(jnp.where(expected, mean + mean**2 / self.config.theta, 1.0))
         limit = counts.shape[0] ** 0.5
         return jnp.where(expected, jnp.clip((counts - mean) / sd, -limit, limit), 0.0)
 

@@ -18,11 +18,9 @@ class PCAConfig(Config):
     """Settings of `DifferentiablePCA`.
 
     n_components: at most the number of cells and that of features.
-    gap_eps: relative distance of two eigenvalues below which the gradient treats them as equal.
     """
 
     n_components: int = positive(50)
-    gap_eps: float = positive(1e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +30,11 @@ class MatrixFreePCAConfig(Config):
     n_components: at most the number of cells and that of features.
     n_iterations: rounds of subspace iteration; more separate close components better.
     oversampling: directions carried along beside the components.
-    gap_eps: as in PCAConfig.
     """
 
     n_components: int = positive(50)
     n_iterations: int = nonnegative(4)
     oversampling: int = nonnegative(10)
-    gap_eps: float = positive(1e-6)
 
 
 class Components(TypedDict):
@@ -65,7 +61,7 @@ class DifferentiablePCA(Operator):
     def __call__(self, features: Float[Array, "cells features"]) -> Components:
         """The components of these cells."""
         width = _checked(features, self.config.n_components, "DifferentiablePCA")
-        found = principal_components(features, width, gap_eps=self.config.gap_eps)
+        found = principal_components(features, width)
         return {"pca": found.scores, "pca_components": found.components, "explained_variance": found.variance}
 
     @classmethod
@@ -99,7 +95,7 @@ class MatrixFreePCA(Operator):
         for _ in range(self.config.n_iterations + 1):
             basis = _orthonormal(_transposed(features, mean, _product(features, mean, basis)))
         scores = _product(features, mean, basis)
-        values, turn = bounded_eigh(scores.T @ scores / max(n - 1, 1), self.config.gap_eps)
+        values, turn = bounded_eigh(scores.T @ scores / max(n - 1, 1))
         values, turn = values[::-1][:k], turn[:, ::-1][:, :k]
         components = (basis @ turn).T
         largest = jnp.take_along_axis(components, jnp.abs(components).argmax(axis=1)[:, None], axis=1)
@@ -145,8 +141,9 @@ def _orthonormal(columns: Float[Array, "rows columns"]) -> Float[Array, "rows co
     added to its diagonal has.
     """
     for _ in range(2):
-        norms = jnp.sqrt((columns**2).sum(axis=0) + jnp.finfo(columns.dtype).tiny * 1e6)
-        columns = columns / norms
+        squares = (columns**2).sum(axis=0)
+        some = squares > jnp.finfo(columns.dtype).tiny * 1e6
+        columns = columns / jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 1.0)
         gram = columns.T @ columns
         ridge = 10 * jnp.finfo(columns.dtype).eps * gram.shape[0]
         factor = jnp.linalg.cholesky(gram + ridge * jnp.eye(gram.shape[0], dtype=columns.dtype))

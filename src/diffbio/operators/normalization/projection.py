@@ -127,7 +127,7 @@ class LearnableProjection(_FromPrincipalComponents):
 
 
 class LearnableOrthogonalProjection(_FromPrincipalComponents):
-    """(x - mean) Q with Q the orthonormal factor of a weight matrix: training turns the subspace and stretches nothing.
+    """(x - mean) Q with Q the orthonormal factor of a weight matrix: training turns, and never stretches.
 
     The QR decomposition, with a positive diagonal of R, is a retraction onto the Stiefel manifold (Absil, Mahony &
     Sepulchre 2008, ex. 4.1.3): any optimizer of flat weights serves. `init_from` starts at the PCA loadings.

@@ -34,7 +34,7 @@ class SoftHVGConfig(Config):
         is the hard choice.
     hard: gates of exactly 0 and 1, with the gradient of the soft ones.
     gates: "top_k" gates follow from the scores; "stochastic" are weights of their own with noise in training.
-    sigma: noise of the stochastic gates; None is 0.5.
+    sigma: sd of the noise of stochastic gates in training.
     """
 
     n_genes: int = positive(2000)
@@ -45,11 +45,11 @@ class SoftHVGConfig(Config):
     softness: float = positive(0.1)
     hard: bool = False
     gates: str = one_of("top_k", "stochastic")
-    sigma: float | None = positive(None)
+    sigma: float = positive(SIGMA)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gates == "top_k" and self.sigma is not None:
+        if self.gates == "top_k" and self.sigma != SIGMA:
             msg = f"SoftHVGConfig.sigma is for gates='stochastic'; it is {self.sigma} with gates='top_k'."
             raise ConfigError(msg)
         if self.gates == "stochastic" and self.hard:
@@ -125,14 +125,14 @@ class SoftHVGSelector(Operator):
         top = self._n_top()
         ordered = jnp.sort(place)[::-1]
         border = (ordered[top - 1] + ordered[min(top, len(ordered) - 1)]) / 2
-        is_open = jax.scipy.stats.norm.cdf(self.mu[...].astype(place.dtype) / self._sigma())
+        is_open = jax.scipy.stats.norm.cdf(self.mu[...].astype(place.dtype) / self.config.sigma)
         return (is_open * (border - place)).sum() / top, {"open_gates": is_open.sum()}
 
     def _gates(self, place: Float[Array, " genes"]) -> Float[Array, " genes"]:
         if self.mu is not None:
             mu = self.mu[...].astype(place.dtype)
             if self.training:
-                mu = mu + self._sigma() * jax.random.normal(self.noise.noise(), mu.shape, mu.dtype)
+                mu = mu + self.config.sigma * jax.random.normal(self.noise.noise(), mu.shape, mu.dtype)
             return jnp.clip(mu, 0.0, 1.0)
         soft = soft_top_k(place, self._n_top(), self.config.softness)
         return straight_through(top_k_mask(place, self._n_top()), soft) if self.config.hard else soft
@@ -202,9 +202,6 @@ class SoftHVGSelector(Operator):
 
     def _n_top(self) -> int:
         return min(self.config.n_top_genes, self.config.n_genes)
-
-    def _sigma(self) -> float:
-        return SIGMA if self.config.sigma is None else self.config.sigma
 
     @classmethod
     def examples(cls) -> dict[str, tuple["SoftHVGSelector", Data]]:

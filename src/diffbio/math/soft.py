@@ -72,7 +72,7 @@ def hard_rank(scores: Float[Array, " items"]) -> Int[Array, " items"]:
 
 
 def log_gate(value: Array, location: Array, slope: Array) -> Array:
-    """log sigmoid(slope (value - location)): 0 far above the location, a straight line far below."""
+    """The log of sigmoid(slope (value - location)): 0 far above the location, a straight line far below."""
     return jax.nn.log_sigmoid(slope * (value - location))
 
 

@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 
 from .. import slots
-from ..data.names import batch_codes
 from ..errors import DataWarning, MissingKeyError
 from ..fitting import fit
 from ..operators.singlecell import DifferentiableQualityFilter, QualityFilterConfig
@@ -69,7 +68,7 @@ def quality(
         own = np.asarray(matrix[:, np.flatnonzero(genes)].sum(axis=1), np.float64).ravel()
         metrics["mitochondrial_share"] = own / np.where(total > 0, total, 1.0)
     metrics = {key: value.astype(np.float32) for key, value in metrics.items()}
-    codes, names = (np.zeros(adata.n_obs, int), ["all"]) if batch_key is None else batch_codes(adata.obs, batch_key)
+    codes, names = (np.zeros(adata.n_obs, int), ["all"]) if batch_key is None else slots.batches(adata, batch_key)
     weight, passes = np.zeros(adata.n_obs, np.float32), np.zeros(adata.n_obs, bool)
     thresholds = np.zeros((len(names), len(THRESHOLDS)))
     for b, name in enumerate(names):
@@ -96,7 +95,8 @@ def quality(
     if genes is None:
         table = table.drop(columns="mitochondrial_max")
     adata.obs[slots.CELL_WEIGHT], adata.obs[slots.QUALITY_PASS] = weight, passes
-    adata.obs = adata.obs.drop(columns=[c for c in slots.QUALITY_METRICS if c in adata.obs])  # of an earlier run
+    if genes is None and slots.QUALITY_METRICS[2] in adata.obs:
+        del adata.obs[slots.QUALITY_METRICS[2]]  # of an earlier run
     for column, value in zip(slots.QUALITY_METRICS, metrics.values(), strict=False):
         adata.obs[column] = value
     adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), slots.QUALITY_THRESHOLDS: table}

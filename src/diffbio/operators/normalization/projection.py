@@ -174,7 +174,7 @@ class SoftComponentSelection(Operator):
     """
 
     config: SoftComponentConfig
-    fit_defaults: ClassVar[Mapping[str, Any]] = FIT | {"learning_rate": 0.02}
+    fit_defaults: ClassVar[Mapping[str, Any]] = {**FIT, "learning_rate": 0.02}
 
     def __init__(self, config: SoftComponentConfig, *, rngs: nnx.Rngs) -> None:
         del rngs  # nothing random

@@ -174,7 +174,8 @@ class DifferentiableQualityFilter(Operator):
         if mitochondrial_share is None:
             mitochondrial_share = jnp.zeros_like(library_size)
             if known:
-                assert counts is not None and mitochondrial_genes is not None
+                assert counts is not None
+                assert mitochondrial_genes is not None
                 total = jnp.where(library_size > 0, library_size, 1.0)
                 mitochondrial_share = counts @ mitochondrial_genes / total
         columns = [jnp.log1p(library_size), jnp.log1p(detected_genes), mitochondrial_share]

@@ -1,4 +1,4 @@
-"""A transformer over genes: a few latent tokens read a cell's genes, attend to each other, and every gene reads them."""
+"""A transformer over genes: a few latent tokens read the genes of a cell, and every gene reads them."""
 
 import math
 from typing import NamedTuple

@@ -19,7 +19,7 @@ from ...nn.count_vae import log_positive, moments
 from ...nn.gene_transformer import GeneTables, GeneTransformer
 from ..base import Config, Data, Operator, fraction, one_of, positive
 
-BLOCK_CELLS = 4  # at a time: their (latents, genes) of every head stay in the cache
+BLOCK_CELLS = 8  # at a time: their (latents, genes) of every head stay in the cache
 LARGEST_START = 8.0  # of an entry of a gene's embedding, in standard deviations over genes
 FIRST_CELLS = 256  # enough for means over cells of what the latent tokens read
 
@@ -117,7 +117,11 @@ class DifferentiableTransformerDenoiser(Operator):
         check_counts(counts, mask)
         tables = self.network.tables()
         if mask is None:
-            return {"imputed_counts": _by_blocks(lambda x: jnp.exp(self._expect(tables, x, jnp.ones_like(x)).log_rate), counts)}
+
+            def denoised(x: jax.Array) -> jax.Array:
+                return jnp.exp(self._expect(tables, x, jnp.ones_like(x)).log_rate)
+
+            return {"imputed_counts": _by_blocks(denoised, counts)}
 
         def filled(x: jax.Array, mask: jax.Array) -> jax.Array:
             seen = jnp.where(mask, 0.0, x)
@@ -152,9 +156,10 @@ class DifferentiableTransformerDenoiser(Operator):
             return -jnp.where(asked, log_prob, 0.0).sum()
 
         predicted = jnp.ones(counts.shape, bool) if mask is None else ~mask
-        blocks = tuple(_blocks(x) for x in (seen, held_out, visible, predicted))
-        total = sum_in_blocks(loss, (self.network.tables(), params), blocks)
-        return total / counts.shape[0], {}
+        rows, shared = (seen, held_out, visible, predicted), (self.network.tables(), params)
+        if counts.shape[0] <= BLOCK_CELLS:
+            return loss(shared, rows) / counts.shape[0], {}
+        return sum_in_blocks(loss, shared, tuple(_blocks(x) for x in rows)) / counts.shape[0], {}
 
     def init_from(self, data: Data) -> None:
         """Starts at the mean profile, at theta by moments and at gene embeddings that are principal components.
@@ -226,17 +231,15 @@ class DifferentiableTransformerDenoiser(Operator):
     def _inputs(self, data: Data) -> dict[str, jax.Array]:
         """A mask of zeros and ones is welcome."""
         mask = data.get("mask")
-        if mask is not None and getattr(mask, "dtype", None) != bool:
-            kind = np.asarray(mask).dtype if not isinstance(mask, jax.Array) else mask.dtype
-            if np.issubdtype(kind, np.number) or kind == bool:
-                data = {**data, "mask": jnp.asarray(mask) != 0}
+        if isinstance(mask, jax.Array | np.ndarray) and jnp.issubdtype(mask.dtype, jnp.number):
+            data = {**data, "mask": jnp.asarray(mask) != 0}
         return super()._inputs(data)
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableTransformerDenoiser", Data]]:
         """Denoising by either likelihood, and imputation of missing counts."""
         keys = jax.random.split(jax.random.key(0), 3)
-        rates = jax.random.gamma(keys[0], 1.0, (12, 8)) * 3.0
+        rates = jax.random.gamma(keys[0], 1.0, (8, 8)) * 3.0
         counts = jax.random.poisson(keys[1], rates).astype(jnp.float32)
         mask = jax.random.bernoulli(keys[2], 0.2, counts.shape)
 
@@ -289,6 +292,8 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 def _by_blocks(function: Any, *rows: jax.Array) -> jax.Array:
     """`function` of all cells, a block at a time, so that its memory does not grow with their number."""
+    if rows[0].shape[0] <= BLOCK_CELLS:
+        return function(*rows)
     blocks = tuple(_blocks(x) for x in rows)
     # the backward pass computes a block anew instead of keeping it
     out = jax.lax.map(jax.checkpoint(lambda block: function(*block)), blocks)

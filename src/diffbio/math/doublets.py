@@ -151,13 +151,18 @@ def _shares(
     def share(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
         position, near = rows
         distance = safe_norm(points[near] - position)
-        border = (distance[k - 1] + distance[jnp.minimum(k, reach - 1)]) / 2
-        width = temperature * (distance[-1] - border)
-        inside = jax.nn.sigmoid((border - distance) / jnp.where(width > 0, width, 1.0))
+        inside, _ = _inside(distance, k, temperature)
         return (inside * (near >= n_observed)).sum() / inside.sum()
 
     step = max(1, FLOATS_PER_BLOCK // (reach * points.shape[1]))
     return jax.lax.map(jax.checkpoint(share), (asked, neighbors), batch_size=min(step, n))
+
+
+def _inside(distance: jax.Array, k: int, temperature: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of neighbours by their distances, nearest first, and the distance at which the weight is one half."""
+    border = (distance[k - 1] + distance[min(k, len(distance) - 1)]) / 2
+    width = temperature * (distance[-1] - border)
+    return jax.nn.sigmoid((border - distance) / jnp.where(width > 0, width, 1.0)), border
 
 
 def bayesian_score(
@@ -230,3 +235,39 @@ def _maxima(h: jax.Array) -> jax.Array:
     before = jnp.concatenate([jnp.full(1, -1), at[:-1]])
     rising = jnp.where(before >= 0, steps[before], 1.0) > 0
     return jnp.append(rising & (steps < 0), jnp.zeros(1, bool))
+
+
+def share_near(
+    points: Float[Array, "cells components"],
+    reference: Float[Array, "reference components"],
+    is_doublet: Float[Array, " reference"],
+    *,
+    k: int,
+    temperature: float,
+) -> Float[Array, " cells"]:
+    """Share of simulated doublets among the k points of `reference` nearest to each point, itself left out.
+
+    Neighbours are weighted as in `simulated_share`. A point may be in the reference itself, under rounding: what lies
+    nearer than some hundredths of the distance to the border is given no weight, 1 - exp(-(20 d / border)²).
+    """
+    k = min(k, len(reference) - 2)
+    reach = min(max(int(REACH * k), k + 1) + 1, len(reference))
+    return _shares_near(points, reference, is_doublet, nearest(reference, reach, queries=points), k + 1, temperature)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _shares_near(
+    points: jax.Array, reference: jax.Array, is_doublet: jax.Array, neighbors: jax.Array, k: int, temperature: Any
+) -> jax.Array:
+    def share(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        position, near = rows
+        distance = safe_norm(reference[near] - position)
+        inside, border = _inside(distance, k, temperature)
+        other = 1 - jnp.exp(-((20 * distance / jnp.where(border > 0, border, 1.0)) ** 2))
+        weight = inside * other
+        total = weight.sum()
+        doublets = (weight * is_doublet[near]).sum() / jnp.where(total > 0, total, 1.0)
+        return jnp.where(total > 0, doublets, is_doublet[near].mean())
+
+    step = max(1, FLOATS_PER_BLOCK // (neighbors.shape[1] * points.shape[1]))
+    return jax.lax.map(jax.checkpoint(share), (points, neighbors), batch_size=min(step, len(points)))

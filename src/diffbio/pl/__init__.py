@@ -22,9 +22,11 @@ from .annotation import annotate as annotate
 from .annotation import confidence as confidence
 from .annotation import confusion as confusion
 from .annotation import markers as markers
+from .doublets import doublets as doublets
 from .drawing import PALETTE as PALETTE
 from .drawing import codes_of as codes_of
 from .drawing import color_of as color_of
 from .drawing import record_of as record_of
 from .drawing import scatter as scatter
+from .impute import impute as impute
 from .quality import quality as quality

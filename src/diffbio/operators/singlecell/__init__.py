@@ -35,5 +35,7 @@ from .soft_clustering import SoftClusteringConfig as SoftClusteringConfig
 from .soft_clustering import SoftKMeansClustering as SoftKMeansClustering
 from .soft_hvg import SoftHVGConfig as SoftHVGConfig
 from .soft_hvg import SoftHVGSelector as SoftHVGSelector
+from .solo_detection import DifferentiableSoloDetector as DifferentiableSoloDetector
+from .solo_detection import SoloDetectorConfig as SoloDetectorConfig
 from .transformer_denoiser import DifferentiableTransformerDenoiser as DifferentiableTransformerDenoiser
 from .transformer_denoiser import TransformerDenoiserConfig as TransformerDenoiserConfig

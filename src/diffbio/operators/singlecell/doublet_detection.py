@@ -26,6 +26,8 @@ from ...math.doublets import (
 )
 from ...math.principal import principal_components
 from ..base import Config, Data, Operator, nonnegative, positive, setting
+from .solo_detection import DifferentiableSoloDetector as DifferentiableSoloDetector
+from .solo_detection import SoloDetectorConfig as SoloDetectorConfig
 
 FEWEST_CELLS = 30  # below, not even three observed cells are counted as neighbours
 REFERENCE_CELLS = 20_000  # more cells are scored against a random part: k = 0.5 sqrt(n) would make the cost n^1.5

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +6,8 @@ import scanpy as sc
 from anndata import AnnData
 from flax import nnx
 
+import diffbio
+from diffbio.errors import ConfigError
 from diffbio.operators.normalization import LibrarySizeConfig, LibrarySizeNormalizer
 
 
@@ -55,3 +58,71 @@ def test_integer_counts_are_welcome(counts):
     np.testing.assert_allclose(
         normalized({"counts": jnp.asarray(counts, int)}), normalized({"counts": counts}), rtol=1e-6
     )
+
+
+def learnable():
+    return LibrarySizeNormalizer(LibrarySizeConfig(learnable=True), rngs=nnx.Rngs(0))
+
+
+def test_pearson_residuals_equal_scanpys(counts):
+    adata = AnnData(counts.copy())
+    sc.experimental.pp.normalize_pearson_residuals(adata, theta=10, check_values=False)
+    found = normalized({"counts": counts}, method="pearson_residuals", theta=10.0)
+    np.testing.assert_allclose(found, adata.X, rtol=1e-4, atol=1e-5)
+    whole = normalized({"counts": counts}, method="pearson_residuals")
+    # a part of the cells with the shares of all; the limit is that of the part
+    share = counts.sum(0) / counts.sum()
+    part = normalized({"counts": counts[:9], "gene_share": share}, method="pearson_residuals")
+    np.testing.assert_allclose(part, np.clip(whole[:9], -3, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learnable_normaliser_starts_at_scanpys(counts):
+    adata = AnnData(counts.astype(np.float64))
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    op = learnable()
+    np.testing.assert_allclose(op.apply({"counts": counts})[0]["normalized"], adata.X, atol=1e-6 * adata.X.max())
+
+
+def test_exponent_0_leaves_the_depth_in(counts):
+    op = learnable()
+    op.size_exponent[...] = jnp.asarray(0.0)
+    np.testing.assert_allclose(op.apply({"counts": counts})[0]["normalized"], np.log1p(counts), rtol=1e-6)
+
+
+def test_gradients_have_their_closed_form(counts):
+    graph, params = nnx.split(learnable())
+
+    def total(params):
+        return nnx.merge(graph, params)(jnp.asarray(counts))["normalized"].sum()
+
+    grad = jax.grad(total)(params)
+    ratio = 1e4 / counts.sum(1, keepdims=True)
+    scaled = counts * ratio
+    np.testing.assert_allclose(grad["size_exponent"][...], (scaled / (1 + scaled) * np.log(ratio)).sum(), rtol=1e-4)
+    np.testing.assert_allclose(grad["log_pseudocount"][...], -(scaled / (1 + scaled)).sum(), rtol=1e-4)
+
+
+def test_training_takes_the_depth_out_of_the_values():
+    rng = np.random.default_rng(0)
+    depth = rng.lognormal(0, 0.7, (300, 1))
+    data = {"counts": rng.poisson(depth * rng.lognormal(0, 1, 40)).astype(np.float32)}
+    op = learnable()
+    before = op.objective(data)
+    diffbio.fit(op, data, validation=0.0, max_epochs=60, learning_rate=0.05, progress=False)
+    after = op.objective(data)
+    assert after[0] < 0.9 * before[0]
+    assert op.fitted
+
+
+def test_a_fixed_normaliser_has_nothing_to_train(counts):
+    op = LibrarySizeNormalizer(LibrarySizeConfig(), rngs=nnx.Rngs(0))
+    assert op.fitted
+    assert len(diffbio.fit(op, {"counts": counts}, progress=False)) == 0
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    pearson = {"method": "pearson_residuals", "learnable": True}
+    for wrong in ({"theta": 5.0}, pearson, {"log": False, "learnable": True}):
+        with pytest.raises(ConfigError):
+            LibrarySizeConfig(**wrong)

@@ -71,7 +71,8 @@ def impute(
 
     Adds `layers["diffbio_imputed"]`, expected counts, dense, NaN where a gene was not read; or with `genes`
     `obsm["diffbio_imputed"]`, a table of theirs. `uns["diffbio"]["diffbio_imputed"]` holds t, bandwidth and decay of
-    each batch, and the `curve` by which t was chosen, at t = 0, 1, 2, ...: loss of held-out molecules, or disparity.
+    each batch, and the `curve` by which t was chosen, at t = 0, 1, 2, ...: loss of held-out molecules
+    (with the bandwidth and decay that were learned), or disparity from the step before.
     """
     slots.choose(method, ["diffusion", "transformer"], "pp.impute")
     _check_t(t)
@@ -132,8 +133,8 @@ class _Diffusion:
         curve: np.ndarray = np.zeros(0)
         if t == "learned":
             data = self.op.for_training({"counts": self.counts, **self.given})
-            curve = self.op.losses({key: _dense(value) for key, value in data.items()})
             fit(self.op, ArraySource(data, {}), seed=seed, **learning)
+            curve = self.op.losses({key: _dense(value) for key, value in data.items()})
         elif t == "auto":
             curve = self._disparities(seed)
             self.op.t[...] = jnp.asarray(float(len(curve) - 1))

@@ -69,14 +69,15 @@ class DifferentiableSoloDetector(Operator):
     - the likelihood is negative binomial; with extra zeros (scVI's default) the latent space tells doublets apart less
       well (benchmarks/quality/doublets.py).
     - classes weigh the same in its loss, whatever `sim_doublet_ratio`: the probabilities are at even odds.
-    - partners of a cell come from its minibatch, and in `finish_from` from the 1,024 cells around it in the data: in
-      data sorted by type, shuffle the cells first (`pp.doublets` does).
+    - the second cell of a doublet is one of the 1,024 around the first in the data: shuffle cells that are sorted by
+      type first (`pp.doublets` does).
 
     Train it on one experiment at a time: two cells that never were together do not meet in a droplet.
     """
 
     config: SoloDetectorConfig
     init_cells: ClassVar[int | None] = 4096
+    sparse_keys = frozenset({"counts"})
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 60, "batch_size": 128, "learning_rate": 1e-3, "patience": 15,
     }
@@ -143,24 +144,21 @@ class DifferentiableSoloDetector(Operator):
     def objective(
         self, data: Data, *, kl_weight: jax.Array | float = 1.0
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Negative ELBO of the cells + cross entropy of the classifier, means over cells.
+        """-log p(counts | z) + kl_weight * KL(q(z | counts) || N(0, I)), mean over cells; the VAE's part of Solo.
 
-        The classifier reads the encoder in its eval mode. Its cross entropy, below one nat a cell, moves the encoder
-        little beside the ELBO of hundreds; of a given encoder, which stays as it is, the ELBO is left out.
+        Of an encoder that was given, and stays as it is, the classifier's cross entropy on doublets in the batch.
         """
         counts = self._inputs(data)["counts"]
-        shifts = self._shifts(len(counts))
-        z, log_library = self._seen(counts)
-        doublets = [self._seen(counts + jnp.roll(counts, shift, axis=0)) for shift in shifts]
-        own = self._logit(self._features(z, log_library))
-        simulated = jnp.concatenate([self._logit(self._features(*seen)) for seen in doublets])
-        cross_entropy = (jax.nn.softplus(own).mean() + jax.nn.softplus(-simulated).mean()) / 2
         if self.encoder_given:
+            seen = self.positions({"counts": counts})
+            own = self._logit(self._features(seen["latent"], seen["log_library"]))
+            z, log_library = seen["doublet_latent"], seen["doublet_log_library"]
+            simulated = self._logit(self._features(z.reshape(-1, z.shape[-1]), log_library.reshape(-1)))
+            cross_entropy = (jax.nn.softplus(own).mean() + jax.nn.softplus(-simulated).mean()) / 2
             return cross_entropy, {"classification": cross_entropy}
         given = data["counts"] if isinstance(data["counts"], SparseRows) else counts
         reconstruction, kl = self.vae.loss(given, counts.sum(-1))
-        total = reconstruction + kl_weight * kl + cross_entropy
-        return total, {"reconstruction": reconstruction, "kl": kl, "classification": cross_entropy}
+        return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
     def init_from(self, data: Data) -> None:
         """Starts the decoder at the mean gene fractions and their dispersion."""

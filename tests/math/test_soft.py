@@ -26,7 +26,7 @@ def test_gates_sum_to_k_and_lie_between_0_and_1(scores, k, temperature):
     gates = soft_top_k(scores, k, temperature)
     np.testing.assert_allclose(gates.sum(), k, rtol=1e-3)
     assert ((gates >= 0) & (gates <= 1)).all()
-    assert (jnp.argsort(gates, stable=True) == jnp.argsort(scores, stable=True)).all() or temperature < 0.01
+    assert (jnp.diff(gates[jnp.argsort(scores)]) >= 0).all()
 
 
 def test_a_sharp_gate_is_the_top_k(scores):

@@ -148,7 +148,7 @@ def test_orthogonal_loadings_stay_orthonormal_wherever_the_weights_go(features):
 
 
 def test_components_are_kept_until_they_cover_the_variance():
-    scores = np.random.default_rng(0).normal(size=(500, 6)) * np.array([4, 2, 1, 0.5, 0.2, 0.1])
+    scores = np.random.default_rng(0).normal(size=(500, 6)) * np.array([4, 3, 1, 0.5, 0.2, 0.1])
     share = np.cumsum(scores.var(axis=0)) / scores.var(axis=0).sum()
     op = make(SoftComponentSelection, SoftComponentConfig(coverage=0.97, temperature=1e-4))
     gates = op.apply({"projection": scores.astype(np.float32)})[0]["component_gates"]

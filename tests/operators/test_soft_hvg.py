@@ -29,11 +29,11 @@ def chosen(out):
 @pytest.mark.parametrize(("name", "batch_key"), [("pbmc3k", None), ("pbmc_three_chemistries", "batch")])
 def test_the_hard_limit_picks_the_genes_of_seurat_v3(data_dir, name, batch_key):
     # of `data.genes`, which picks those of scanpy; why scanpy's own ties are left aside: benchmarks/variable_genes
-    adata = read(data_dir / f"{name}.h5ad")
+    adata = read(data_dir / f"{name}.h5ad")[:, ::3]
     labels = None if batch_key is None else pd.Categorical(adata.obs[batch_key]).codes.astype(int)
-    expected = highly_variable_genes(adata.X, batch_labels=labels)["highly_variable"].to_numpy()
+    expected = highly_variable_genes(adata.X, n_top_genes=1000, batch_labels=labels)["highly_variable"].to_numpy()
     n_batches = 1 if labels is None else labels.max() + 1
-    op = selector(adata.n_vars, n_top_genes=2000, n_batches=int(n_batches), hard=True)
+    op = selector(adata.n_vars, n_top_genes=1000, n_batches=int(n_batches), hard=True)
     out = op.apply({"counts": adata.X.toarray()} | ({} if labels is None else {"batch_labels": labels}))[0]
     assert chosen(out) == set(np.flatnonzero(expected))
     assert set(np.unique(out["hvg_weights"])) == {0.0, 1.0}
@@ -92,18 +92,11 @@ def test_stochastic_gates_are_noisy_in_training_and_learn_the_top_genes(counts):
     started = selector(gates="stochastic")
     started.init_from({"counts": counts})
     assert chosen(started.apply({"counts": counts})[0]) == hard
-    step = jax.jit(jax.grad(lambda mu: with_gates(op, mu, counts)))
-    mu = jnp.full(120, 0.5)
-    for _ in range(300):
-        mu = mu - 5.0 * step(mu)
-    top = set(np.argsort(-np.asarray(mu))[:30])
-    assert top == hard
-
-
-def with_gates(op, mu, counts):
-    graph, state = nnx.split(op)
-    state["mu"].set_value(mu)
-    return nnx.merge(graph, state).objective({"counts": counts})[0]
+    graph, params, rest = nnx.split(op, nnx.Param, ...)
+    step = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest, copy=True).objective({"counts": counts})[0]))
+    for _ in range(100):
+        params = jax.tree.map(lambda p, g: p - 5.0 * g, params, step(params))
+    assert set(np.argsort(-np.asarray(params["mu"][...]))[:30]) == hard
 
 
 def test_top_k_gates_have_nothing_to_train(counts):

@@ -1,13 +1,17 @@
 """Decisions made smooth: gates that sum to k, windows between two limits, medians and their spread."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BISECTIONS = 80  # more than the bits of any float between the two ends
+STEPS = 8192  # in a unit of the scores of soft_rank
 TAIL = 40.0  # temperatures from the threshold at which a sigmoid has reached 0 or 1
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def soft_top_k(scores: Float[Array, " items"], k: int, temperature: float | Array) -> Float[Array, " items"]:
     """Gates sigmoid((s_i - t) / T) with t such that they sum to k: as T -> 0 the k largest scores have gate 1.
 
@@ -49,21 +53,29 @@ def straight_through(hard: Array, soft: Array) -> Array:
     return soft + jax.lax.stop_gradient(hard - soft)
 
 
+@jax.jit
 def soft_rank(scores: Float[Array, " items"], width: float | Array) -> Float[Array, " items"]:
     """Position of each score from the largest, 0 first; scores closer than `width` share their places smoothly.
 
     r_i = Σ_{j≠i} clip(1/2 + (s_j - s_i) / (2 width), 0, 1), by sorting and prefix sums in O(items log items). As the
     width goes to 0, the rank; equal scores get their mean rank.
     """
-    # shifted by the mean so that prefix sums stay small
-    scores = scores - jax.lax.stop_gradient(scores.mean())
     ordered = jnp.sort(scores)
-    sums = jnp.concatenate([jnp.zeros(1, scores.dtype), jnp.cumsum(ordered)])
     first = jnp.searchsorted(ordered, scores - width, side="left")
     last = jnp.searchsorted(ordered, scores + width, side="right")
-    inside = (last - first).astype(scores.dtype)
-    above = (scores.shape[0] - last).astype(scores.dtype)
-    return above + inside / 2 + (sums[last] - sums[first] - inside * scores) / (2 * width) - 0.5
+    inside = last - first
+    # Σ (s_j - s_i) over the window in two parts: whole steps, exact as integers even where their sums wrap around,
+    # and what is left of each score, which is small. Prefix sums of floats would lose what small widths need.
+    steps = jnp.round(jax.lax.stop_gradient(ordered) * STEPS).astype(jnp.int32)
+    left = ordered - steps / jnp.asarray(STEPS, scores.dtype)
+    own_steps = jnp.round(jax.lax.stop_gradient(scores) * STEPS).astype(jnp.int32)
+    own_left = scores - own_steps / jnp.asarray(STEPS, scores.dtype)
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(steps, dtype=jnp.int32)])
+    before_left = jnp.concatenate([jnp.zeros(1, scores.dtype), jnp.cumsum(left)])
+    whole = before[last] - before[first] - inside.astype(jnp.int32) * own_steps
+    rest = before_left[last] - before_left[first] - inside * own_left
+    difference = whole.astype(scores.dtype) / STEPS + rest
+    return scores.shape[0] - last + inside / 2 + difference / (2 * width) - 0.5
 
 
 def hard_rank(scores: Float[Array, " items"]) -> Int[Array, " items"]:

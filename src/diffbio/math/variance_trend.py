@@ -1,5 +1,7 @@
 """The mean-variance trend of genes: local regression (loess), differentiable."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +147,7 @@ def _join(
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="span")
 def standardized_variance(
     counts: Float[Array, "cells genes"], *, weight: Float[Array, " cells"] | None = None, span: float = 0.3
 ) -> Float[Array, " genes"]:

@@ -1,6 +1,7 @@
 """Library-size normalisation: what every cell would hold at one sequencing depth, on a scale of equal variance."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypedDict
 
@@ -97,14 +98,13 @@ class LibrarySizeNormalizer(Operator):
         """
         total = counts.sum(axis=1) if library_size is None else library_size.astype(counts.dtype)
         if self.config.method == "pearson_residuals":
-            return {"normalized": self._residuals(counts, total, gene_share)}
+            return {"normalized": _residuals(counts, total, gene_share, self.config.theta)}
         ratio = self.config.target_sum / jnp.where(total > 0, total, 1.0)
         pseudocount: Array | float = self.config.pseudocount
         if self.size_exponent is not None and self.log_pseudocount is not None:
             ratio = ratio ** self.size_exponent[...].astype(counts.dtype)
             pseudocount = jnp.exp(self.log_pseudocount[...].astype(counts.dtype))
-        scaled = counts * ratio[:, None]
-        return {"normalized": jnp.log1p(scaled / pseudocount) if self.config.log else scaled}
+        return {"normalized": _scaled(counts, ratio, pseudocount, log=self.config.log)}
 
     @property
     def objective(self) -> Callable[..., tuple[Array, dict[str, Array]]]:
@@ -124,15 +124,6 @@ class LibrarySizeNormalizer(Operator):
         stability = _squared_correlation(variance[:, None], mean[:, None])[0]
         return depth + stability, {"depth": depth, "stability": stability}
 
-    def _residuals(self, counts: Array, total: Array, gene_share: Array | None) -> Array:
-        columns = counts.sum(axis=0)
-        share = columns / jnp.maximum(columns.sum(), 1.0) if gene_share is None else gene_share.astype(counts.dtype)
-        mean = total[:, None] * share
-        expected = mean > 0
-        sd = jnp.sqrt(jnp.where(expected, mean + mean**2 / self.config.theta, 1.0))
-        limit = counts.shape[0] ** 0.5
-        return jnp.where(expected, jnp.clip((counts - mean) / sd, -limit, limit), 0.0)
-
     @classmethod
     def examples(cls) -> dict[str, tuple["LibrarySizeNormalizer", Data]]:
         """Totals of the counts themselves, totals given, Pearson residuals, and a learnable one."""
@@ -148,6 +139,23 @@ class LibrarySizeNormalizer(Operator):
             "pearson_residuals": (make(method="pearson_residuals", theta=10.0), {"counts": counts}),
             "learnable": (make(learnable=True), {"counts": counts}),
         }
+
+
+@functools.partial(jax.jit, static_argnames="log")  # one pass: no copy of the size of the counts but the result
+def _scaled(counts: Array, ratio: Array, pseudocount: Array | float, *, log: bool) -> Array:
+    scaled = counts * ratio[:, None]
+    return jnp.log1p(scaled / pseudocount) if log else scaled
+
+
+@jax.jit
+def _residuals(counts: Array, total: Array, gene_share: Array | None, theta: float) -> Array:
+    columns = counts.sum(axis=0)
+    share = columns / jnp.maximum(columns.sum(), 1.0) if gene_share is None else gene_share.astype(counts.dtype)
+    mean = total[:, None] * share
+    expected = mean > 0
+    sd = jnp.sqrt(jnp.where(expected, mean + mean**2 / theta, 1.0))
+    limit = counts.shape[0] ** 0.5
+    return jnp.where(expected, jnp.clip((counts - mean) / sd, -limit, limit), 0.0)
 
 
 def _squared_correlation(a: Array, b: Array) -> Array:

@@ -46,18 +46,21 @@ class DifferentiableScaler(Operator):
         sd: Float[Array, " features"] | None = None,
     ) -> Scaled:
         """mean, sd: of each feature, where `features` hold a part of the cells; else theirs."""
-        n = features.shape[0]
-        centred = features - (features.mean(axis=0) if mean is None else mean)
-        own = (centred**2).sum(axis=0) / max(n - 1, 1)
-        # rounding alone is no variance: it would be blown up to 1
-        level = (features**2).mean(axis=0)
-        varies = own > (4 * jnp.finfo(features.dtype).eps) ** 2 * level if sd is None else sd > 0
-        scale = jnp.sqrt(jnp.where(varies, own, 1.0)) if sd is None else jnp.where(varies, sd, 1.0)
-        z = jnp.where(varies, centred / scale, 0.0)
-        return {"scaled": jnp.clip(z, -self.config.clip, self.config.clip)}
+        return {"scaled": _standardized(features, mean, sd, self.config.clip)}
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableScaler", Data]]:
         """Own statistics, with a limit that some values exceed."""
         features = jax.random.normal(jax.random.key(0), (12, 5))
         return {"own": (cls(ScalerConfig(clip=1.5), rngs=nnx.Rngs(0)), {"features": features})}
+
+
+@jax.jit  # one pass: no copies of the size of the data but the result
+def _standardized(features: Array, mean: Array | None, sd: Array | None, clip: float) -> Array:
+    centred = features - (features.mean(axis=0) if mean is None else mean)
+    own = (centred**2).sum(axis=0) / max(features.shape[0] - 1, 1)
+    # rounding alone is no variance: it would be blown up to 1
+    level = (features**2).mean(axis=0)
+    varies = own > (4 * jnp.finfo(features.dtype).eps) ** 2 * level if sd is None else sd > 0
+    scale = jnp.sqrt(jnp.where(varies, own, 1.0)) if sd is None else jnp.where(varies, sd, 1.0)
+    return jnp.clip(jnp.where(varies, centred / scale, 0.0), -clip, clip)

@@ -156,8 +156,10 @@ def solo_mode(data: Cells, seed: int) -> tuple[np.ndarray, float]:
 
 def run() -> None:
     """Ours and the baseline, anew."""
-    scorer, solo, size = [], [], []
     speed = [scrublet_mode(speed_counts(), 0)[1] for _ in range(2)]  # the first call compiles
+    scorer: list[dict[str, Any]] = [{"data": SPEED, "seed": 0, "cpu_s": speed[0], "cpu_s_again": speed[1]}]
+    solo: list[dict[str, Any]] = []
+    size: list[dict[str, Any]] = []
     for name, seed in runs():
         data = load(name)
         out, cpu = scrublet_mode(data.counts, seed)
@@ -178,10 +180,9 @@ def run() -> None:
         solo[-1]["called"] = float((found > 0.5).mean())
         print(solo[-1], file=sys.stderr, flush=True)
         size.append({"data": name, "seed": seed, **scores(data, np.asarray(data.counts.sum(1)).ravel())})
-    scorer.append({"data": SPEED, "seed": 0, "cpu_s": speed[0], "cpu_s_again": speed[1]})
-    keep_rows("doublets_scorer_diffbio.json", "diffbio scrublet mode", scorer)
-    keep_rows("doublets_solo_diffbio.json", "diffbio solo mode", solo)
-    keep_rows("doublets_library_size.json", "library size", size)
+        keep_rows("doublets_scorer_diffbio.json", "diffbio scrublet mode", scorer)
+        keep_rows("doublets_solo_diffbio.json", "diffbio solo mode", solo)
+        keep_rows("doublets_library_size.json", "library size", size)
 
 
 def stored(name: str) -> list[dict[str, Any]]:

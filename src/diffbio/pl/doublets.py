@@ -34,9 +34,10 @@ def doublets(adata: "AnnData") -> "np.ndarray":
             raise MissingKeyError(msg)
     table, simulated = record[slots.DOUBLET_THRESHOLDS], record[slots.SIMULATED_DOUBLETS]
     settings: Any = record.get("doublets", {})
-    key = settings.get("params", {}).get("batch_key") if hasattr(settings, "get") else None
-    known = key is not None and key in adata.obs
-    of_cell = column_of(adata, key).astype(str).to_numpy() if known else np.full(adata.n_obs, "all")
+    key: Any = settings.get("params", {}).get("batch_key") if hasattr(settings, "get") else None
+    of_cell = np.full(adata.n_obs, "all", object)
+    if key is not None and key in adata.obs:
+        of_cell = column_of(adata, key).astype(str).to_numpy()
     n_rows = min(len(table), MOST_BATCHES)
     figure = plt.figure(figsize=(8.4, 2.9 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, 2, squeeze=False)

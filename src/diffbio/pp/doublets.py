@@ -9,7 +9,6 @@ from scipy import sparse
 
 from .. import slots
 from ..data.genes import highly_variable_genes
-from ..data.names import batch_codes
 from ..data.source import ArraySource
 from ..errors import ConfigError, DataError, DataWarning
 from ..fitting import fit
@@ -85,7 +84,7 @@ def doublets(
         raise ConfigError(msg)
     matrix = cast("Any", sparse.csr_array)(slots.counts(adata, layer))
     total = np.asarray(matrix.sum(axis=1), np.float64).ravel()
-    codes, names = (np.zeros(adata.n_obs, int), ["all"]) if batch_key is None else batch_codes(adata.obs, batch_key)
+    codes, names = (np.zeros(adata.n_obs, int), ["all"]) if batch_key is None else slots.batches(adata, batch_key)
     score, called = np.full(adata.n_obs, np.nan, np.float32), np.zeros(adata.n_obs, bool)
     table, simulated = [], []
     for b, name in enumerate(names):

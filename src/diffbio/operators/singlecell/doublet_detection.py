@@ -205,8 +205,8 @@ def _choose(counts: jax.Array, factor: jax.Array, percentile: float) -> jax.Arra
     variance = ((x - mean) ** 2).mean(0)
     detected = (x >= LEAST_COUNT).sum(0)
 
-    def chosen(*gene: Any) -> np.ndarray:
-        return most_variable(*(np.asarray(g) for g in gene), percentile)
+    def chosen(mean: Any, variance: Any, detected: Any) -> np.ndarray:
+        return most_variable(np.asarray(mean), np.asarray(variance), np.asarray(detected), percentile)
 
     shape = jax.ShapeDtypeStruct(mean.shape, jnp.bool_)
     return jax.pure_callback(chosen, shape, mean, variance, detected)

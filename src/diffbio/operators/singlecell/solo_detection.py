@@ -122,8 +122,8 @@ class DifferentiableSoloDetector(Operator):
         )
         solo = cls(config, rngs=rngs)
         mine, theirs = nnx.state(solo.vae.encoder), nnx.state(vae.encoder)
-        same = jax.tree.structure(mine) == jax.tree.structure(theirs)
-        if not same or vae.encode_covariates or not vae.log_counts:
+        shapes = [{"/".join(map(str, k)): v.shape for k, v in nnx.to_flat_state(s)} for s in (mine, theirs)]
+        if shapes[0] != shapes[1] or vae.encode_covariates or not vae.log_counts:
             msg = "DifferentiableSoloDetector.from_scvi: the encoder must be as SCVI's defaults make it: of log counts "
             msg += "alone, with batch norm."
             raise ConfigError(msg)
@@ -197,12 +197,10 @@ class DifferentiableSoloDetector(Operator):
         self.scale[...] = jnp.asarray(np.where(spread > 0, spread, 1.0), features.dtype)
         standard = (features - features.mean(0)) / np.where(spread > 0, spread, 1.0)
         weights = np.where(doublet > 0, 1 / ratio, 1.0).astype(np.float32)
-        start = (self.hidden.kernel[...], self.hidden.bias[...], self.output.kernel[...], self.output.bias[...])
+        start = tuple(parameter[...] for parameter in self._classifier())
         found = _train_classifier(start, standard.astype(np.float32), doublet.astype(np.float32), weights, rng)
-        for parameter, value in zip(
-            (self.hidden.kernel, self.hidden.bias, self.output.kernel, self.output.bias), found, strict=True
-        ):
-            parameter[...] = value
+        for parameter, value in zip(self._classifier(), found, strict=True):
+            parameter.set_value(value)
 
     def reference_doublet_probabilities(self) -> np.ndarray:
         """Of the simulated doublets kept as a reference, as the classifier was trained on them."""
@@ -229,8 +227,12 @@ class DifferentiableSoloDetector(Operator):
         return (features - self.center[...]) / self.scale[...]
 
     def _logit(self, features: jax.Array) -> jax.Array:
-        weights = (self.hidden.kernel[...], self.hidden.bias[...], self.output.kernel[...], self.output.bias[...])
-        return _classify(weights, features)
+        return _classify(tuple(parameter[...] for parameter in self._classifier()), features)
+
+    def _classifier(self) -> tuple[nnx.Param[Any], ...]:
+        assert self.hidden.bias is not None
+        assert self.output.bias is not None
+        return self.hidden.kernel, self.hidden.bias, self.output.kernel, self.output.bias
 
     def _shifts(self, n: int) -> list[jax.Array]:
         """How far a cell's partner stands from it in the batch, for each simulated doublet; never 0, if it can."""

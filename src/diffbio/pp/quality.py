@@ -1,7 +1,7 @@
 """Quality control of cells on AnnData."""
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flax import nnx
@@ -96,7 +96,7 @@ def quality(
         table = table.drop(columns="mitochondrial_max")
     adata.obs[slots.CELL_WEIGHT], adata.obs[slots.QUALITY_PASS] = weight, passes
     if genes is None and slots.QUALITY_METRICS[2] in adata.obs:
-        del adata.obs[slots.QUALITY_METRICS[2]]  # of an earlier run
+        cast("Any", adata.obs).pop(slots.QUALITY_METRICS[2])  # of an earlier run
     for column, value in zip(slots.QUALITY_METRICS, metrics.values(), strict=False):
         adata.obs[column] = value
     adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), slots.QUALITY_THRESHOLDS: table}

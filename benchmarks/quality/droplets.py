@@ -3,8 +3,8 @@
     uv run python -m benchmarks.quality.droplets
 
 From pbmc4k_ambient, three seeds: 800 cells as they are, 400 thinned to 200-1,000 counts (small or damaged cells), and
-soup of the file's measured profile, with the spread between droplets of a Dirichlet-multinomial (sum 5,000): 1,000
-droplets of 150-1,000 counts, which a cut at the total takes for cells, and 15,000 of 1-100. No R peer was run.
+16,000 of soup of the file's measured profile, with the spread between droplets of a Dirichlet-multinomial (sum 5,000),
+their totals lognormal about 60 (sd of the log 0.7), so that some 3,500 hold more than 100 counts. No R peer was run.
 `cut` calls as many droplets as hold cells, those of the largest totals; it is told their number, ours is not.
 """
 
@@ -32,7 +32,7 @@ def droplets(seed: int) -> tuple[sparse.csr_array, np.ndarray]:
     some = adata.X[order[800:1200]].toarray().astype(int)
     wanted = np.minimum(rng.integers(200, 1000, len(some)) / some.sum(axis=1), 1.0)
     small = rng.binomial(some, wanted[:, None])
-    totals = np.concatenate([rng.integers(150, 1000, 1000), rng.integers(1, 100, 15_000)])
+    totals = np.maximum(rng.lognormal(np.log(60), 0.7, 16_000).astype(int), 1)
     spread = profile * 5_000 + 1e-12
     soup = sparse.vstack([sparse.csr_array(rng.multinomial(n, rng.dirichlet(spread))[None]) for n in totals])
     matrix = sparse.csr_array(sparse.vstack([whole, sparse.csr_array(small), soup]))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Real
 from scipy.interpolate import LSQUnivariateSpline
+from scipy.interpolate import LSQUnivariateSpline
 from scipy.optimize import minimize_scalar
 from scipy.special import gammaln
 
@@ -13,6 +14,7 @@ from ..errors import ConfigError, DataError
 LOWER = 100.0  # counts: droplets with at most as many are taken for empty, as in DropletUtils and CellBender
 LARGEST_ALPHA = 10_000.0  # of the Dirichlet-multinomial; beyond, it is a multinomial
 DROPLETS_FOR_ALPHA = 20_000  # tell one number well enough
+SKIPPED_RANKS, FEWEST_TOTALS, DEGREES_OF_FREEDOM = 50, 20, 20  # of the curve of totals against ranks
 SKIPPED_RANKS, FEWEST_TOTALS, DEGREES_OF_FREEDOM = 50, 20, 20  # of the curve of totals against ranks
 DRAWS_AT_ONCE = 1 << 22  # molecules of simulated droplets
 

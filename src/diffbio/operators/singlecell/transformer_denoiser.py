@@ -92,7 +92,7 @@ class DifferentiableTransformerDenoiser(Operator):
     config: TransformerDenoiserConfig
     init_cells: ClassVar[int | None] = 4096
     fit_defaults: ClassVar[Mapping[str, Any]] = {
-        "max_epochs": 60, "batch_size": 128, "learning_rate": 2e-3, "patience": 10,
+        "max_epochs": 40, "batch_size": 128, "learning_rate": 3e-3, "patience": 8,
     }
 
     def __init__(self, config: TransformerDenoiserConfig, *, rngs: nnx.Rngs) -> None:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Real
 from scipy.interpolate import LSQUnivariateSpline
-from scipy.interpolate import LSQUnivariateSpline
 from scipy.optimize import minimize_scalar
 from scipy.special import gammaln
 
@@ -14,7 +13,6 @@ from ..errors import ConfigError, DataError
 LOWER = 100.0  # counts: droplets with at most as many are taken for empty, as in DropletUtils and CellBender
 LARGEST_ALPHA = 10_000.0  # of the Dirichlet-multinomial; beyond, it is a multinomial
 DROPLETS_FOR_ALPHA = 20_000  # tell one number well enough
-SKIPPED_RANKS, FEWEST_TOTALS, DEGREES_OF_FREEDOM = 50, 20, 20  # of the curve of totals against ranks
 SKIPPED_RANKS, FEWEST_TOTALS, DEGREES_OF_FREEDOM = 50, 20, 20  # of the curve of totals against ranks
 DRAWS_AT_ONCE = 1 << 22  # molecules of simulated droplets
 
@@ -88,14 +86,14 @@ def call_cells(
     retain: float | int | None = None,
     fdr: float = 0.001,
     n_simulations: int = 10_000,
-    statistic: str = "deviance",
     seed: int = 0,
 ) -> Called:
     """Calls the droplets that hold a cell: those whose genes are unlike the soup's, or that hold very many counts.
 
     EmptyDrops (Lun et al. 2019, Genome Biology 20:63): the soup's gene proportions come from the droplets of at most
-    `lower` counts (Good-Turing), the spread between droplets from a Dirichlet-multinomial fitted to them; each larger
-    droplet is compared with simulated ones of as many counts (Monte Carlo p-values), and Benjamini and Hochberg's rate of false discoveries decides. Droplets above the
+    `lower` counts (Good-Turing), the spread between droplets from a Dirichlet-multinomial fitted to them; the
+    probability of each larger droplet's counts under it is compared with that of simulated droplets of as many
+    counts (Monte Carlo p-values), and Benjamini and Hochberg's rate of false discoveries decides. Droplets above the
     knee of the curve of totals against ranks are cells in any case.
 
     Args:
@@ -104,9 +102,6 @@ def call_cells(
         retain: droplets of at least as many counts are cells; None finds the knee.
         fdr: highest rate of false discoveries of a cell.
         n_simulations: simulated droplets; the smallest p-value is 1 / (n_simulations + 1).
-        statistic: by which droplets are compared. "probability" of the counts is the published one; to it a cell looks
-            like soup, or even more so, if it consists mostly of what is most frequent there, as T cells do of
-            ribosomal genes. "deviance" is 2 sum x log(x / expected), which sees that too.
         seed: of these.
 
     Raises:
@@ -116,9 +111,6 @@ def call_cells(
     if not (lower >= 1 and 0 < fdr < 1 and n_simulations >= 100):
         msg = f"call_cells: lower must be >= 1, fdr in (0, 1) and n_simulations >= 100, got {lower:g}, {fdr:g} and "
         msg += f"{n_simulations}."
-        raise ConfigError(msg)
-    if statistic not in ("deviance", "probability"):
-        msg = f"call_cells: statistic must be 'deviance' or 'probability', got {statistic!r}."
         raise ConfigError(msg)
     totals = np.asarray(matrix.sum(axis=1)).ravel()
     counts, empty = soup_profile(matrix, totals, lower=lower)
@@ -137,7 +129,7 @@ def call_cells(
     pvalue, rate = np.full(len(totals), np.nan), np.full(len(totals), np.nan)
     pvalue[tested] = 0.0
     if len(unsure):
-        pvalue[unsure] = _pvalues(matrix[unsure], totals[unsure], profile, alpha, n_simulations, rng, statistic)
+        pvalue[unsure] = _pvalues(matrix[unsure], totals[unsure], profile, alpha, n_simulations, rng)
     rate[tested] = _benjamini_hochberg(pvalue[tested])
     return Called(np.nan_to_num(rate, nan=1.0) <= fdr, pvalue, rate, profile, float(knee), alpha)
 
@@ -190,26 +182,16 @@ def _knee(totals: np.ndarray) -> float:
 
 
 def _pvalues(
-    rows: Any,
-    totals: np.ndarray,
-    profile: np.ndarray,
-    alpha: float,
-    n_simulations: int,
-    rng: np.random.Generator,
-    statistic: str,
+    rows: Any, totals: np.ndarray, profile: np.ndarray, alpha: float, n_simulations: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """(simulated droplets of the same total that are as unlike the soup or more + 1) / (n_simulations + 1).
+    """(simulated droplets of the same total that are no more probable + 1) / (n_simulations + 1).
 
     One long droplet of the largest total is drawn at a time; its first n molecules are a droplet of n.
     """
     weights = _weights(profile, alpha)
     row = np.repeat(np.arange(len(totals)), np.diff(rows.indptr))
-    # of the statistic, what depends on more than the total
-    part = weights[rows.indices]
-    if statistic == "probability":
-        own = gammaln(rows.data + part) - gammaln(part) - gammaln(rows.data + 1.0)
-    else:
-        own = -rows.data * np.log(rows.data / part)
+    # of the probability, what depends on more than the total
+    own = gammaln(rows.data + weights[rows.indices]) - gammaln(weights[rows.indices]) - gammaln(rows.data + 1.0)
     observed = np.bincount(row, own, minlength=len(totals))
     order = np.argsort(totals, kind="stable")
     length = int(totals.max())
@@ -221,11 +203,7 @@ def _pvalues(
         drawn = _droplets(weights[genes], alpha, many, length, rng)
         before = _seen_before(drawn)
         part = weights[genes][drawn]
-        if statistic == "probability":
-            added = np.log((before + part) / (before + 1.0))
-        else:
-            added = _times_log(before) - _times_log(before + 1.0) + np.log(part)
-        likely = np.cumsum(added, axis=1)
+        likely = np.cumsum(np.log((before + part) / (before + 1.0)), axis=1)
         for some in np.array_split(order, max(1, len(order) * many // DRAWS_AT_ONCE)):
             at = totals[some].astype(np.int64) - 1
             # sums of the same terms in another order: equal but for rounding
@@ -258,10 +236,6 @@ def _seen_before(drawn: Integer[np.ndarray, "droplets molecules"]) -> Integer[np
     before = np.empty_like(drawn)
     np.put_along_axis(before, order, position - start, axis=1)
     return before
-
-
-def _times_log(x: np.ndarray) -> np.ndarray:
-    return x * np.log(np.maximum(x, 1.0))
 
 
 def _benjamini_hochberg(pvalue: np.ndarray) -> np.ndarray:

@@ -16,6 +16,10 @@ def selector(n_genes=120, **settings):
     return SoftHVGSelector(SoftHVGConfig(n_genes=n_genes, **settings), rngs=nnx.Rngs(0))
 
 
+def run(op, data):
+    return jax.jit(lambda d: op.apply(d)[0])(data)
+
+
 @pytest.fixture(scope="module")
 def counts():
     rng = np.random.default_rng(0)
@@ -34,25 +38,25 @@ def test_the_hard_limit_picks_the_genes_of_seurat_v3(data_dir, name, batch_key):
     expected = highly_variable_genes(adata.X, n_top_genes=1000, batch_labels=labels)["highly_variable"].to_numpy()
     n_batches = 1 if labels is None else labels.max() + 1
     op = selector(adata.n_vars, n_top_genes=1000, n_batches=int(n_batches), hard=True)
-    out = op.apply({"counts": adata.X.toarray()} | ({} if labels is None else {"batch_labels": labels}))[0]
+    out = run(op, {"counts": adata.X.toarray()} | ({} if labels is None else {"batch_labels": labels}))
     assert chosen(out) == set(np.flatnonzero(expected))
     assert set(np.unique(out["hvg_weights"])) == {0.0, 1.0}
 
 
 def test_soft_gates_sum_to_the_number_asked_for_and_sharpen(counts):
     data = {"counts": counts}
-    hard = selector(hard=True).apply(data)[0]
+    hard = run(selector(hard=True), data)
     for softness in (0.01, 0.1, 1.0):
-        out = selector(softness=softness).apply(data)[0]
+        out = run(selector(softness=softness), data)
         np.testing.assert_allclose(out["hvg_weights"].sum(), 30, atol=0.5)
-    np.testing.assert_allclose(selector(softness=1e-5).apply(data)[0]["hvg_weights"], hard["hvg_weights"], atol=1e-3)
-    assert (selector(n_top_genes=500).apply(data)[0]["hvg_weights"] == 1).all()
+    np.testing.assert_allclose(run(selector(softness=1e-5), data)["hvg_weights"], hard["hvg_weights"], atol=1e-3)
+    assert (run(selector(n_top_genes=500), data)["hvg_weights"] == 1).all()
 
 
 def test_with_batches_the_median_rank_decides(counts):
     labels = np.arange(150) % 3
     expected = highly_variable_genes(counts, n_top_genes=30, batch_labels=labels)
-    out = selector(n_batches=3, hard=True).apply({"counts": counts, "batch_labels": labels})[0]
+    out = run(selector(n_batches=3, hard=True), {"counts": counts, "batch_labels": labels})
     assert chosen(out) == set(np.flatnonzero(expected["highly_variable"]))
     np.testing.assert_allclose(out["hvg_scores"], expected["variances_norm"], rtol=1e-3)
 
@@ -69,7 +73,7 @@ def test_a_weight_promotes_a_gene(counts):
 
 def test_hard_gates_have_the_gradient_of_soft_ones(counts):
     def gradient(op):
-        return jax.grad(lambda x: op(x)["hvg_weights"][:20].sum())(jnp.asarray(counts))
+        return jax.jit(jax.grad(lambda x: op(x)["hvg_weights"][:20].sum()))(jnp.asarray(counts))
 
     grads = [gradient(selector(hard=hard)) for hard in (True, False)]
     assert np.abs(grads[0]).max() > 0

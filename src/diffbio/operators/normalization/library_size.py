@@ -148,7 +148,7 @@ def _scaled(counts: Array, ratio: Array, pseudocount: Array | float, *, log: boo
 
 
 @jax.jit
-def _residuals(counts: Array, total: Array, gene_share: Array | None, theta: float) -> Array:
+def _residuals(counts: Array, total: Array, gene_share: Array | None, theta: float | Array) -> Array:
     columns = counts.sum(axis=0)
     share = columns / jnp.maximum(columns.sum(), 1.0) if gene_share is None else gene_share.astype(counts.dtype)
     mean = total[:, None] * share

@@ -56,7 +56,7 @@ class DifferentiableScaler(Operator):
 
 
 @jax.jit  # one pass: no copies of the size of the data but the result
-def _standardized(features: Array, mean: Array | None, sd: Array | None, clip: float) -> Array:
+def _standardized(features: Array, mean: Array | None, sd: Array | None, clip: float | Array) -> Array:
     centred = features - (features.mean(axis=0) if mean is None else mean)
     own = (centred**2).sum(axis=0) / max(features.shape[0] - 1, 1)
     # rounding alone is no variance: it would be blown up to 1

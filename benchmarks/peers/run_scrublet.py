@@ -16,7 +16,7 @@ from importlib.metadata import version
 import numpy as np
 import scipy.sparse as sp
 import scrublet
-from benchmarks.quality.doublets import CACHE, SPEED, keep_rows, load, runs, scores, speed_counts
+from benchmarks.quality.doublets import CACHE, SCRUBLET_SEEDS, SPEED, keep_rows, load, runs, scores, speed_counts
 
 
 def scrub(counts: sp.csr_matrix, seed: int, *, exact: bool = False) -> tuple[scrublet.Scrublet, float]:
@@ -32,7 +32,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     CACHE.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, seed in runs():
+    for name, seed in runs(SCRUBLET_SEEDS):
         data = load(name)
         found, cpu = scrub(data.counts, seed)
         row = scores(data, found.doublet_scores_obs_)

@@ -211,17 +211,14 @@ def equality() -> bool:
     """Largest difference from magic-impute's output at t = 1, 3, 5, on the scale it works on."""
     import jax
     from flax import nnx
-    from sklearn.decomposition import PCA
 
     from diffbio.operators.singlecell import DifferentiableDiffusionImputer, DiffusionImputerConfig
 
     kept, _ = split("pbmc4k_ambient")
     theirs = np.load(CACHE / "magic_pbmc4k_ambient.npz")
     library = kept.sum(axis=1, keepdims=True)
-    root = np.sqrt(kept.astype(float) / library * np.median(library))
     components = {
         "its own components": theirs["components"],
-        "scikit-learn's randomised PCA, seed 0": PCA(100, svd_solver="randomized", random_state=0).fit_transform(root),
         "exact components": None,
     }
     print(f"largest difference from magic-impute 3.0.0 given        {'t=1':>9s} {'t=3':>9s} {'t=5':>9s}   bar")
@@ -235,6 +232,9 @@ def equality() -> bool:
             gaps.append(float(np.abs(np.sqrt(imputed / library * np.median(library)) - theirs[f"t{t}"]).max()))
         met &= given is None or max(gaps) <= EQUAL
         print(f"  {name:52s}  " + " ".join(f"{gap:9.1e}" for gap in gaps) + f"   {'-' if given is None else EQUAL}")
+    rows = json.loads(PEER_RESULTS.read_text())["rows"]
+    again = next(row for row in rows if row["data"] == "another seed")["largest_difference"]
+    print(f"  {'(magic-impute with seed 1 from itself with seed 0)':52s}  " + " ".join(f"{gap:9.1e}" for gap in again))
     return met
 
 
@@ -243,12 +243,12 @@ def speed() -> bool:
     counts = generated(SPEED_CELLS).toarray().astype(np.float32)
     run = diffusion(3.0)
     seconds = []
-    for _ in range(2):  # a new program each time: both with compilation
+    for _ in range(2):  # the first with compilation; magic's is without numba's
         start = time.process_time()
         run(counts)
         seconds.append(time.process_time() - start)
     peer = next(row for row in json.loads(PEER_RESULTS.read_text())["rows"] if row["data"] == "speed")
-    said = f"ours {seconds[0]:.1f}, again {seconds[1]:.1f}; magic {peer['cpu_s']:.1f}"
+    said = f"ours with compilation {seconds[0]:.1f}, again {seconds[1]:.1f}; magic {peer['cpu_s']:.1f}"
     print(f"{SPEED_CELLS} x {GENES}, t = 3, CPU-s: {said}")
     return min(seconds) <= peer["cpu_s"]
 

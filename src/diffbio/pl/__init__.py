@@ -28,5 +28,6 @@ from .drawing import codes_of as codes_of
 from .drawing import color_of as color_of
 from .drawing import record_of as record_of
 from .drawing import scatter as scatter
+from .droplets import call_cells as call_cells
 from .impute import impute as impute
 from .quality import quality as quality

@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import pl
-from ..errors import DataError, OutputError
+from ..errors import DataError, MissingKeyError, OutputError
 from ..scratch import remove, scratch_beside
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
         drawn["ambient"] = pl.ambient(adata)
     if pl.CELL_TYPE in adata.obs and adata.n_obs:
         drawn |= _annotation(adata)
-    figures = {name: ax.figure for name, ax in drawn.items()}
+    figures = {name: ax.figure for name, ax in drawn.items()} | _steps(adata)
     if stages := pl.stages_of(adata):
         figures["training"] = _training(adata, stages)
     return figures
@@ -139,6 +141,15 @@ def _annotation(adata: "AnnData") -> "dict[str, Axes]":
         drawn["confidence"] = pl.confidence(adata)
     with suppress(DataError):  # none were written, or none is among these genes
         drawn["markers"] = pl.markers(adata)
+    return drawn
+
+
+def _steps(adata: "AnnData") -> "dict[str, Figure]":
+    """Figures of what came before the pipeline."""
+    drawn: dict[str, Any] = {}
+    for name, draw in (("quality", pl.quality), ("doublets", pl.doublets), ("imputation", pl.impute)):
+        with suppress(MissingKeyError):  # that step was not taken
+            drawn[name] = np.ravel(np.asarray(draw(adata), dtype=object))[0].figure
     return drawn
 
 

@@ -14,8 +14,8 @@
 - speed: CPU-seconds on generated counts, 10,000 cells x 2000 genes, one thread, compilation included (in the first
   call of the process) and not (in the second).
 
-Bars: scrublet mode at least Scrublet in each mean, to 0.0005; correlation 0.95; no slower, without compilation. Solo mode on ``hashing``: AUPRC above
-SOLO's and above Scrublet's, in at most 60 CPU-seconds, compilation included.
+Bars: scrublet mode at least Scrublet in each mean, to 0.0005; correlation 0.95; no slower, without compilation.
+Solo mode on ``hashing``: AUPRC above SOLO's and above Scrublet's, in at most 60 CPU-seconds, compilation included.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import ConfigError
 from .streams import say
 
+MITOCHONDRIAL = "MT-"  # what the names of mitochondrial genes start with, in man and, in any case, mouse
+
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
@@ -94,7 +96,12 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
     flagged = None
     if steps.quality:
         _progress("weighing cells by their quality", quiet)
-        pp.quality(adata, batch_key=settings.get("batch_key"), **common)
+        known = adata.var_names.str.upper().str.startswith(MITOCHONDRIAL).any()
+        if not known:
+            lines.append(f"no gene's name starts with {MITOCHONDRIAL}: quality is by counts and detected genes alone")
+        pp.quality(
+            adata, mitochondrial=MITOCHONDRIAL if known else None, batch_key=settings.get("batch_key"), **common
+        )
         flagged = ~adata.obs[slots.QUALITY_PASS].to_numpy()
         lines.append(f"{int(flagged.sum()):,} of {adata.n_obs:,} cells are of low quality")
     if steps.doublets is not None:

@@ -36,7 +36,7 @@ def test_equals_magic_impute(t):
     stored = np.load(ORACLE)
     counts = stored["counts"].astype(np.float32)
     library = counts.sum(axis=1, keepdims=True)
-    found = np.sqrt(imputed(imputer(diffusion_t=t), counts=counts) / library * np.median(library))
+    found = np.sqrt(imputed(imputer(diffusion_t=float(t)), counts=counts) / library * np.median(library))
     np.testing.assert_allclose(found, stored[f"t{t}"], atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_auto_of_pp_equals_magic_impute():
 
 def test_no_steps_return_the_counts():
     counts = mixed_types()
-    np.testing.assert_allclose(imputed(imputer(diffusion_t=0), counts=counts), counts, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(imputed(imputer(diffusion_t=0.0), counts=counts), counts, rtol=1e-5, atol=1e-5)
 
 
 def test_a_graph_that_is_given_is_used():
@@ -71,10 +71,10 @@ def test_a_graph_that_is_given_is_used():
 
 def test_hard_cells_and_genes_stay_finite():
     counts = mixed_types(30, 20)
-    counts[3] = 0  # an empty cell
     counts[10:22] = counts[10]  # twelve alike: no bandwidth
     counts[:, 4] = 0
     counts[:, 5] = 2  # constant
+    counts[3] = 0  # an empty cell
     found = imputed(imputer(), counts=counts)
     assert np.isfinite(found).all()
     assert (found >= 0).all()
@@ -95,7 +95,7 @@ def test_bad_data_is_refused():
     with pytest.raises(DataError, match="holds 6, but row numbers"):
         imputer(n_neighbors=1).apply({"counts": counts, "neighbor_indices": np.full((6, 2), 6)})
     with pytest.raises(ConfigError, match="at most 20"):
-        DiffusionImputerConfig(diffusion_t=21)
+        DiffusionImputerConfig(diffusion_t=21.0)
 
 
 def test_training_learns_from_held_out_molecules_alone():

@@ -11,7 +11,6 @@ from flax import nnx
 
 from .. import slots
 from ..data.source import ArraySource
-from ..data.transform import per_cell
 from ..errors import ConfigError, MissingKeyError
 from ..fitting import fit
 from ..math.diffusion import ENTRIES_PER_BLOCK, Markov, procrustes_disparity, step
@@ -21,7 +20,7 @@ from ..operators.singlecell import (
     DiffusionImputerConfig,
     TransformerDenoiserConfig,
 )
-from ..operators.singlecell.diffusion_imputation import MOST_STEPS
+from ..operators.singlecell.diffusion_imputation import MOST_STEPS, stabilised_on_host
 from ..pipelines.inference import apply_in_chunks
 from ..recording import recorded
 
@@ -125,7 +124,7 @@ class _Diffusion:
         self.given = {} if points is None else {"embeddings": points}
         self.points = op.embedded_on_host(counts) if points is None else points
         self.indices = op.neighbors_on_host(self.points)
-        y: Any = np.sqrt(per_cell(counts, total=1.0))[:, columns]
+        y: Any = stabilised_on_host(counts)[:, columns]
         self.y = y.tocsc() if hasattr(y, "tocsc") else y  # columns are what is read
 
     def choose(self, t: float | str, seed: int, learning: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +136,7 @@ class _Diffusion:
             curve = self.op.losses({key: _dense(value) for key, value in data.items()})
         elif t == "auto":
             curve = self._disparities(seed)
-            self.op.t[...] = jnp.asarray(float(len(curve) - 1))
+            self.op.t[...] = jnp.asarray(float(min(len(curve), MOST_STEPS)))  # one step more, as MAGIC
         return {
             "t": float(self.op.t[...]), "bandwidth": float(jnp.exp(self.op.log_bandwidth[...])),
             "decay": float(jnp.exp(self.op.log_decay[...])), "curve": curve,

@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from scipy import sparse
 
-from ...data.transform import per_cell
 from ...errors import ConfigError, DataError
 from ...losses.molecular_cv import poisson_loss, split_molecules
 from ...math.diffusion import Markov, adaptive_affinity, diffuse, markov, neighbor_distances, step
@@ -205,7 +204,7 @@ class DifferentiableDiffusionImputer(Operator):
 
     def embedded_on_host(self, counts: Any) -> np.ndarray:
         """What cells are compared by, of counts that may be sparse."""
-        return pca(np.sqrt(per_cell(counts, total=1.0)), min(self.config.n_pca_components, *counts.shape)).scores
+        return pca(stabilised_on_host(counts), min(self.config.n_pca_components, *counts.shape)).scores
 
     def neighbors_on_host(self, embeddings: np.ndarray) -> np.ndarray:
         """Row numbers of each cell's nearest.
@@ -291,6 +290,17 @@ def stabilised(
     fraction = counts / jnp.where(library > 0, library, 1.0)
     some = fraction > 0
     return library, jnp.where(some, jnp.sqrt(jnp.where(some, fraction, 1.0)), 0.0)
+
+
+def stabilised_on_host(counts: Any) -> Any:
+    """sqrt(counts / library size) as `stabilised`, float32; sparse counts stay sparse (CSR)."""
+    library = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    factor = (1.0 / np.where(library > 0, library, 1.0)).astype(np.float32)
+    if not sparse.issparse(counts):
+        return np.sqrt(np.asarray(counts, np.float32) * factor[:, None])
+    rows = sparse.csr_matrix(counts, dtype=np.float32)
+    values = np.sqrt(rows.data * np.repeat(factor, np.diff(rows.indptr)))
+    return sparse.csr_matrix((values, rows.indices, rows.indptr), rows.shape)
 
 
 @jax.jit

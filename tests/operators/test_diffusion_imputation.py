@@ -80,8 +80,6 @@ def test_hard_cells_and_genes_stay_finite():
     assert (found >= 0).all()
     assert (found[3] == 0).all()
     assert (found[:, 4] == 0).all()
-    # 15 neighbours reach beyond the eleven that are alike, but weigh nothing
-    np.testing.assert_allclose(found[10:22], np.tile(found[10], (12, 1)), rtol=1e-4)
     few = imputed(imputer(n_neighbors=3), counts=mixed_types(5, 20))  # fewer cells than edges wanted
     assert np.isfinite(few).all()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -298,9 +298,9 @@ def stabilised_on_host(counts: Any) -> Any:
     factor = (1.0 / np.where(library > 0, library, 1.0)).astype(np.float32)
     if not sparse.issparse(counts):
         return np.sqrt(np.asarray(counts, np.float32) * factor[:, None])
-    rows = sparse.csr_matrix(counts, dtype=np.float32)
-    values = np.sqrt(rows.data * np.repeat(factor, np.diff(rows.indptr)))
-    return sparse.csr_matrix((values, rows.indices, rows.indptr), rows.shape)
+    rows = cast("Any", sparse.csr_matrix)(counts, dtype=np.float32)
+    rows.data = np.sqrt(rows.data * np.repeat(factor, np.diff(rows.indptr)))
+    return rows
 
 
 @jax.jit

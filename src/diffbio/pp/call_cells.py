@@ -51,7 +51,7 @@ def call_cells(
     limited = int(((found.pvalue <= 1.0 / (n_simulations + 1)) & ~found.is_cell).sum())
     if limited:
         msg = f"pp.call_cells: {limited} droplets are less like the soup than all simulated ones, but "
-        msg += f"{n_simulations:,} simulations are too few for an fdr of {fdr:g}, and they are not called; raise n_simulations"
+        msg += f"{n_simulations:,} simulations are too few to call them at an fdr of {fdr:g}; raise n_simulations"
         warnings.warn(msg, DataWarning, stacklevel=3)
     adata.obs[slots.IS_CELL] = found.is_cell
     adata.obs[slots.CELL_FDR] = found.fdr.astype(np.float32)

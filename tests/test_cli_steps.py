@@ -39,13 +39,14 @@ def droplets(tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore::diffbio.errors.DataWarning")
 def test_flagged_cells_are_marked_or_left_out(cells):
-    asked = {"quality": True, "doublets": "scrublet", "impute": "diffusion"}
+    asked = {"quality": True, "doublets": "scrublet", "normalize": "shifted_log", "impute": "diffusion"}
     marked = through(cells, Steps(**asked), settings={"n_top_genes": 20}, **ALONE)
     assert marked.data.n_obs == 200
     flagged = ~marked.data.obs["diffbio_quality_pass"] | marked.data.obs["diffbio_predicted_doublet"]
     assert flagged[188:].mean() > 0.9
     assert flagged[:188].mean() < 0.2
     assert marked.data.obsm["diffbio_imputed"].shape == (200, 20)
+    assert marked.data.layers["diffbio_normalized"].shape == (200, 120)
     assert any("--drop-flagged" in line for line in marked.lines)
     left = through(cells, Steps(quality=True, doublets="scrublet", drop_flagged=True), settings={}, **ALONE)
     assert list(left.data.obs_names) == list(marked.data.obs_names[~flagged])
@@ -87,6 +88,8 @@ def test_a_run_with_raw_droplets_writes_calls_soup_and_steps(droplets, tmp_path,
         (["--doublets", "scrublets"], 2, "'scrublet' or 'solo'"),
         (["--impute", "magic"], 2, "'diffusion' or 'transformer'"),
         (["--quality", "--stream"], 2, "in memory"),
+        (["--normalize", "log"], 2, "'pearson_residuals'"),
+        (["--normalize", "cpm", "--normalized"], 2, "one layer"),
         (["--raw", "nowhere.h5"], 3, "nowhere.h5"),
         (["--raw", "raw.h5", "--ambient-profile", "soup"], 2, "give one of them"),
     ],

@@ -67,6 +67,24 @@ def test_empty_cells_have_no_score_and_a_threshold_is_obeyed():
 
 
 @pytest.mark.usefixtures("quiet")
+def test_solo_with_the_encoder_of_a_model():
+    from diffbio.models import SCVI
+
+    adata = cells(90, 8)
+    SCVI.setup_anndata(adata)
+    model = SCVI(adata, n_hidden=16, n_latent=4)
+    with pytest.raises(ConfigError, match="not trained"):
+        diffbio.pp.doublets(adata, method="solo", model=model)
+    model.train(max_epochs=1)
+    diffbio.pp.doublets(adata, method="solo", model=model, max_epochs=2)
+    assert adata.obs["diffbio_doublet_score"].between(0, 1).all()
+    with pytest.raises(DataError, match="was trained on 80 genes"):
+        diffbio.pp.doublets(adata[:, :40].copy(), method="solo", model=model)
+    with pytest.raises(ConfigError, match="model is for method='solo'"):
+        diffbio.pp.doublets(adata, model=model)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_solo():
     adata = cells(120, 8)
     diffbio.pp.doublets(adata, method="solo", expected_rate=0.1, max_epochs=3)

@@ -41,14 +41,15 @@ from diffbio import fit, pp
 from diffbio.operators import normalization as N, singlecell as S
 from flax import nnx
 adata = diffbio.read(sys.argv[1])
+adata.var["mitochondrial"] = np.arange(adata.n_vars) < 20
 dense = lambda: {"counts": jax.numpy.asarray(adata.X.toarray())}
 jax.numpy.zeros(3).sum().block_until_ready()
 begun = time.process_time()
 STEP
 """ + END  # fmt: skip
 STEPS = {
-    "quality filter": "pp.quality(adata)",
-    "quality filter, learned": "pp.quality(adata, learned=True)",
+    "quality filter": "pp.quality(adata, mitochondrial='mitochondrial', learned=False)",
+    "quality filter, learned": "pp.quality(adata, mitochondrial='mitochondrial')",
     "variable genes": "pp.highly_variable(adata, n_top_genes=500)",
     "soft variable genes": """
 op = S.SoftHVGSelector(S.SoftHVGConfig(n_genes=2000, n_top_genes=500), rngs=nnx.Rngs(0))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import InputFileError, ModelFileError, OutputError
+from ..errors import ConfigError, InputFileError, ModelFileError, OutputError
 from .options import (
     AllowNonInteger,
     Cells,
@@ -106,6 +106,9 @@ def run(
         bool | None, typer.Option("--quality", help="First weigh cells by depth, genes and mitochondrial share.")
     ] = None,
     doublets: Annotated[str | None, typer.Option(help="First score doublets: scrublet or solo.")] = None,
+    normalize: Annotated[
+        str | None, typer.Option(help="Also write normalised counts: shifted_log, cpm or pearson_residuals.")
+    ] = None,
     impute: Annotated[str | None, typer.Option(help="Also write imputed counts: diffusion or transformer.")] = None,
     drop_flagged: Annotated[
         bool | None, typer.Option("--drop-flagged", help="Leave out cells of low quality and predicted doublets.")
@@ -143,7 +146,7 @@ def run(
         "batch_key": batch_key, "label_key": label_key, "layer": layer, "ambient_profile": ambient_profile,
         "n_top_genes": n_top_genes, "n_clusters": n_clusters, "max_epochs": epochs, "batch_size": batch_size,
         "seed": seed, "allow_non_integer": allow_non_integer or None, "raw": raw, "quality": quality,
-        "doublets": doublets, "impute": impute, "drop_flagged": drop_flagged,
+        "doublets": doublets, "normalize": normalize, "impute": impute, "drop_flagged": drop_flagged,
     }  # fmt: skip
     settings |= {name: value for name, value in given.items() if value is not None}
     if settings.get("n_top_genes") == 0:
@@ -342,6 +345,9 @@ def run_pipeline(
     from ..data.write import write_results
 
     steps = Steps.among(settings)
+    if steps.normalize is not None and normalized:
+        msg = "--normalize and --normalized write one layer; leave out --normalized (the VAE's), or the other"
+        raise ConfigError(msg)
     first = cells if cells is not None else steps.raw
     if first is None:
         msg = "no cells; give a file of cells, or with --raw that of all droplets, from which cells are called"

@@ -17,6 +17,7 @@ class Steps:
     raw: file of all droplets; without a file of cells, the cells are called from it.
     quality: whether to weigh cells by library size, detected genes and mitochondrial share.
     doublets: method, "scrublet" or "solo"; None leaves it out.
+    normalize: method, "shifted_log", "cpm" or "pearson_residuals"; None leaves it out.
     impute: method, "diffusion" or "transformer"; None leaves it out.
     drop_flagged: whether cells of low quality and predicted doublets are left out of the analysis and of the output.
     """
@@ -24,15 +25,20 @@ class Steps:
     raw: Path | None = None
     quality: bool = False
     doublets: str | None = None
+    normalize: str | None = None
     impute: str | None = None
     drop_flagged: bool = False
 
     def __post_init__(self) -> None:
-        known = {"doublets": ("scrublet", "solo"), "impute": ("diffusion", "transformer")}
+        known = {
+            "doublets": ("scrublet", "solo"),
+            "normalize": ("shifted_log", "cpm", "pearson_residuals"),
+            "impute": ("diffusion", "transformer"),
+        }
         for name, methods in known.items():
             method = getattr(self, name)
             if method is not None and method not in methods:
-                msg = f"{name} must be {' or '.join(map(repr, methods))}, got {method!r}."
+                msg = f"{name} must be {', '.join(map(repr, methods[:-1]))} or {methods[-1]!r}, got {method!r}."
                 raise ConfigError(msg)
         if self.drop_flagged and not (self.quality or self.doublets):
             msg = "drop_flagged needs something that flags cells: --quality, --doublets, or both."
@@ -55,7 +61,7 @@ class Steps:
     @property
     def in_memory(self) -> bool:
         """Whether any of them needs all counts in memory."""
-        return self.quality or self.doublets is not None or self.impute is not None
+        return self.quality or any(m is not None for m in (self.doublets, self.normalize, self.impute))
 
 
 @dataclasses.dataclass
@@ -73,8 +79,8 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         ConfigError: a step needs the counts in memory, and they were to stay on disk.
     """
     if on_disk and (steps.in_memory or cells is None):
-        msg = "--quality, --doublets, --impute and calling cells need the counts in memory; pass --in-memory, "
-        msg += "or run without these steps"
+        msg = "--quality, --doublets, --normalize, --impute and calling cells need the counts in memory; "
+        msg += "pass --in-memory, or run without these steps"
         raise ConfigError(msg)
     if cells is not None and not steps.in_memory:
         return Ready(cells, [])
@@ -118,6 +124,9 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         lines.append(f"left out: {int(flagged.sum()):,} flagged cells; {adata.n_obs:,} remain")
     elif flagged is not None and flagged.any():
         lines.append("flagged cells were kept; --drop-flagged leaves them out")
+    if steps.normalize is not None:
+        pp.normalize(adata, method=steps.normalize, layer=settings.get("layer"))
+        lines.append(f"layers[{slots.NORMALIZED!r}] holds {steps.normalize} values")
     if steps.impute is not None:
         _progress(f"imputing ({steps.impute})", quiet)
         genes = None if settings.get("n_top_genes", 2000) is None else _chosen(adata, settings)

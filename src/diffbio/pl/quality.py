@@ -52,11 +52,14 @@ def _histogram(ax: Any, values: np.ndarray, kept: np.ndarray, label: str, *, log
     low, high = float(shown.min()), float(shown.max())
     if high <= low:
         high = low + 1.0
+    from matplotlib.ticker import NullFormatter
+
     bins = np.geomspace(low, high, 61) if log else np.linspace(low, high, 61)
     ax.hist([shown[kept], shown[~kept]], bins=bins, stacked=True, color=[PALETTE[0], PALETTE[4]],
             label=["within thresholds", "outside"])  # fmt: skip
     if log:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # where a decade is wide, its labels would overlap
     ax.set(xlabel=label, ylabel="cells")
     tidy(ax)
 

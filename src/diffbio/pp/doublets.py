@@ -26,6 +26,8 @@ from ..recording import recorded
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from ..models import SCVI
+
 N_COMPONENTS, PERCENTILE = 30, 85.0  # Scrublet's
 SOLO_GENES = 2000
 MANY = 0.5  # of the cells called doublets: no experiment has so many
@@ -39,6 +41,7 @@ def doublets(
     expected_rate: float = 0.06,
     threshold: float | None = None,
     batch_key: str | None = None,
+    model: "SCVI | None" = None,
     max_epochs: int | None = None,
     layer: str | None = None,
     random_state: int = 0,
@@ -58,6 +61,7 @@ def doublets(
         threshold: scores above it are called. None lies, with "scrublet", in the valley between the two modes of the
             simulated doublets' scores; where there is none, and with "solo", it calls the expected rate.
         batch_key: column of `obs`: doublets are sought in each batch by itself.
+        model: of "solo": a fitted `diffbio.models.SCVI` of these genes, whose encoder is taken instead of training one.
         max_epochs: of "solo"; None is what the operator prefers.
         layer: of the counts; None is X.
         random_state: seed.
@@ -82,6 +86,8 @@ def doublets(
     if max_epochs is not None and method != "solo":
         msg = "pp.doublets: max_epochs is for method='solo'; 'scrublet' trains nothing."
         raise ConfigError(msg)
+    if model is not None:
+        _check_model(model, adata, method)
     matrix = cast("Any", sparse.csr_array)(slots.counts(adata, layer))
     total = np.asarray(matrix.sum(axis=1), np.float64).ravel()
     codes, names = (np.zeros(adata.n_obs, int), ["all"]) if batch_key is None else slots.batches(adata, batch_key)
@@ -96,7 +102,7 @@ def doublets(
         if method == "scrublet":
             found = _scrublet(matrix[rows], total[rows], expected_rate, random_state)
         else:
-            found = _solo(matrix[rows], expected_rate, max_epochs, random_state, progress=progress)
+            found = _solo(matrix[rows], expected_rate, model, max_epochs, random_state, progress=progress)
         if not found.automatic and method == "scrublet" and threshold is None:
             _warn(
                 f"the simulated doublets' scores{where} have no valley that tells doublets from cells; the threshold "
@@ -171,14 +177,33 @@ def _variable(matrix: Any, total: np.ndarray) -> np.ndarray:
     return most_variable(mean, variance, detected, PERCENTILE)
 
 
-def _solo(matrix: Any, expected_rate: float, max_epochs: int | None, seed: int, *, progress: bool) -> Found:
+def _check_model(model: Any, adata: "AnnData", method: str) -> None:
+    if method != "solo":
+        msg = "pp.doublets: model is for method='solo'; 'scrublet' reads the counts themselves."
+        raise ConfigError(msg)
+    if not model.is_trained:
+        msg = "pp.doublets: model is not trained; call model.train() first."
+        raise ConfigError(msg)
+    names = model.get_var_names()
+    if list(names) != list(adata.var_names):
+        msg = f"pp.doublets: model was trained on {len(names)} genes, not on these {adata.n_vars} in this order; "
+        msg += "pass adata[:, model.get_var_names()]"
+        raise DataError(msg)
+
+
+def _solo(
+    matrix: Any, expected_rate: float, model: Any, max_epochs: int | None, seed: int, *, progress: bool
+) -> Found:
     """Trains on the cells in random order: a cell's partners are those around it."""
-    if matrix.shape[1] > SOLO_GENES:
+    if model is None and matrix.shape[1] > SOLO_GENES:
         variable = highly_variable_genes(matrix, n_top_genes=SOLO_GENES)["highly_variable"].to_numpy()
         matrix = matrix[:, np.flatnonzero(variable)]
     order = np.random.default_rng(seed).permutation(matrix.shape[0])
     source = ArraySource({"counts": matrix[order].astype(np.float32)}, {})
-    op = DifferentiableSoloDetector(SoloDetectorConfig(n_genes=matrix.shape[1]), rngs=nnx.Rngs(seed))
+    if model is None:
+        op = DifferentiableSoloDetector(SoloDetectorConfig(n_genes=matrix.shape[1]), rngs=nnx.Rngs(seed))
+    else:
+        op = DifferentiableSoloDetector.from_scvi(model.module, rngs=nnx.Rngs(seed))
     settings: dict[str, Any] = {} if max_epochs is None else {"max_epochs": max_epochs}
     fit(op, source, seed=seed, progress=progress, **settings)
     parts = list(apply_in_chunks(op, source, ["doublet_probabilities"]))

@@ -43,3 +43,11 @@ def test_values_that_are_no_counts_are_refused(bad):
     counts[0, 0] = bad
     with pytest.raises(DataError, match="raw counts"):
         shifted_log(counts)
+
+
+def test_pearson_residuals_do_not_depend_on_the_blocks(monkeypatch):
+    adata = toy_cells(30, 20)
+    whole = pearson_residuals(adata.X)
+    monkeypatch.setattr("diffbio.data.transform.VALUES_PER_BLOCK", 70)
+    np.testing.assert_array_equal(pearson_residuals(adata.X), whole)
+    np.testing.assert_array_equal(pearson_residuals(adata.X.toarray()), whole)

@@ -8,6 +8,8 @@ from scipy import sparse
 from ..errors import DataError
 from .matrix import checked_csr
 
+VALUES_PER_BLOCK = 1 << 18
+
 
 def per_cell(counts: Any, *, total: float | None = None) -> Any:
     """Counts x_ij * total / sum_j x_ij; `total` None is the median over the cells that have counts.
@@ -39,11 +41,17 @@ def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
     counts = _checked(counts)
     rows = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     columns = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
-    mean = np.outer(rows, columns / max(columns.sum(), 1.0)).astype(np.float32)
-    dense = counts if isinstance(counts, np.ndarray) else counts.toarray()
-    sd = np.sqrt(np.where(mean > 0, mean + mean**2 / theta, 1.0))
-    limit = np.sqrt(len(mean))
-    return np.clip((dense - mean) / sd, -limit, limit).astype(np.float32)
+    share = (columns / max(columns.sum(), 1.0)).astype(np.float32)
+    limit = np.float32(np.sqrt(len(rows)))
+    result = np.empty(counts.shape, np.float32)
+    step = max(1, VALUES_PER_BLOCK // max(len(share), 1))  # what is dense beside the result stays in the cache
+    for start in range(0, len(rows), step):
+        block = counts[start : start + step]
+        mean = rows[start : start + step, None].astype(np.float32) * share
+        sd = np.sqrt(np.where(mean > 0, mean + mean**2 / np.float32(theta), np.float32(1.0)))
+        dense = block if isinstance(block, np.ndarray) else block.toarray()
+        np.clip((dense - mean) / sd, -limit, limit, out=result[start : start + step], casting="same_kind")
+    return result
 
 
 def _checked(counts: Any) -> Any:

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import sparse
 
 import diffbio
 from diffbio.errors import DataError
@@ -101,3 +102,12 @@ def test_fit_finds_the_fraction_of_every_cell_and_removes_what_was_added():
     assert lost < 0.03
     correlation = np.corrcoef(np.asarray(out["reconstructed"]).ravel(), native.ravel())[0, 1]
     assert correlation > 0.9
+
+
+def test_the_profile_comes_from_droplets_without_a_cell():
+    droplets = np.array([[30, 10, 0], [50, 30, 20], [0, 0, 0], [900, 0, 500]], np.float32)
+    for counts in (droplets, sparse.csr_array(droplets)):
+        profile = DifferentiableAmbientRemoval.profile_from(counts)
+        np.testing.assert_allclose(profile, np.array([80, 40, 20]) / 140, rtol=1e-6)
+    with pytest.raises(DataError, match="unfiltered"):
+        DifferentiableAmbientRemoval.profile_from(droplets[3:])

@@ -19,6 +19,7 @@ from ...math.contamination import (
     soft_round,
 )
 from ...math.distributions import gaussian_kl
+from ...math.droplets import LOWER, soup_profile
 from ...nn.count_vae import Decoder, Encoder, Gaussian, GaussianSample, log_positive, moments
 from ..base import Config, Data, Operator, fraction, positive, setting
 
@@ -140,6 +141,19 @@ class DifferentiableAmbientRemoval(Operator):
         native = observed - self.config.ambient_prior * np.asarray(data["ambient_profile"])
         native = np.maximum(native, 0.05 * observed)  # no gene starts switched off
         self.decoder.start_at(native / native.sum(), np.full(len(native), FIRST_THETA))
+
+    @staticmethod
+    def profile_from(droplets: Any, *, lower: float | int = LOWER) -> np.ndarray:
+        """The `ambient_profile` of an experiment: gene fractions of its droplets of 1 to `lower` counts, float32.
+
+        droplets: (droplets, genes) unfiltered counts, dense or scipy sparse. `math.droplets.call_cells` finds those
+        that hold a cell; `diffbio.pp.call_cells` does both for an AnnData.
+
+        Raises:
+            DataError: there are no droplets of so few counts.
+        """
+        counts, _ = soup_profile(droplets, np.asarray(droplets.sum(axis=1)).ravel(), lower=lower)
+        return (counts / counts.sum()).astype(np.float32)
 
     def _encode(self, counts: jax.Array) -> Gaussian:
         return self.encoder(jnp.log1p(counts))

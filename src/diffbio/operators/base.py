@@ -29,6 +29,8 @@ Data = dict[str, Any]
 FLOATS = getattr(Float, "dtypes")  # noqa: B009 - jaxtyping's types are something else to a type checker
 INTEGERS = getattr(Int, "dtypes")  # noqa: B009
 
+SMALL = 1_000_000  # values that are looked over at once by numpy; more by the device, without a copy
+
 
 @jax.tree_util.register_static
 class Unfitted(tuple[str, ...]):
@@ -325,6 +327,40 @@ def mode_of(op: Operator, *, training: bool) -> Iterator[None]:
         yield
     finally:
         (op.train_mode if before else op.eval_mode)()
+
+
+def checked_counts(who: str, counts: Any, *, key: str = "counts", fix: str = "pass raw counts") -> Any:
+    """`counts`, if all are finite and >= 0; under jit or grad, where values are not known, they pass.
+
+    Args:
+        who: the operator's name, for the message.
+        counts: (cells, genes) or (cells,).
+        key: their name in data.
+        fix: what the message tells the user to do.
+
+    Raises:
+        DataError: naming the first entry that is not, row by row.
+    """
+    return checked_finite(who, counts, key=key, fix=fix, lowest=0.0)
+
+
+def checked_finite(
+    who: str, values: Any, *, key: str, fix: str = "leave such rows out or fill them", lowest: float = -np.inf
+) -> Any:
+    """`values`, if all are finite and >= lowest; see `checked_counts`."""
+    if isinstance(values, jax.core.Tracer) or values.size == 0:
+        return values
+    with jax.ensure_compile_time_eval():  # constants of a jitted function are known too
+        array = np.asarray(values) if values.size <= SMALL else values
+        least, most = float(array.min()), float(array.max())  # NaN if there is one
+    if np.isfinite(least) and np.isfinite(most) and least >= lowest:
+        return values
+    array = np.asarray(values)
+    first = np.argwhere(~(np.isfinite(array) & (array >= lowest)))[0]
+    where = f"row {first[0]}" + (f", column {first[1]}" if len(first) > 1 else "")
+    wanted = "finite" if lowest == -np.inf else f"finite and >= {lowest:g}"
+    msg = f"{who}: data[{key!r}] must be {wanted}, but {where} holds {float(array[tuple(first)]):g}; {fix}."
+    raise DataError(msg)
 
 
 def axes(hint: Any) -> list[str]:

@@ -88,6 +88,8 @@ def test_a_run_with_raw_droplets_writes_calls_soup_and_steps(droplets, tmp_path,
         (["--doublets", "scrublets"], 2, "'scrublet' or 'solo'"),
         (["--impute", "magic"], 2, "'diffusion' or 'transformer'"),
         (["--quality", "--stream"], 2, "in memory"),
+        (["--doublet-rate", "0.1"], 2, "--doublets"),
+        (["--quality", "--allow-non-integer"], 2, "whole counts"),
         (["--normalize", "log"], 2, "'pearson_residuals'"),
         (["--normalize", "cpm", "--normalized"], 2, "one layer"),
         (["--raw", "nowhere.h5"], 3, "nowhere.h5"),
@@ -98,6 +100,29 @@ def test_steps_that_cannot_be_taken(cells, tmp_path, capsys, options, code, want
     assert run_command(["run", str(cells), "-o", str(tmp_path / "out.h5ad"), *options]) == code
     assert wanted in capsys.readouterr().err
     assert not (tmp_path / "out.h5ad").exists()
+
+
+@pytest.mark.filterwarnings("ignore::diffbio.errors.DataWarning")
+def test_settings_of_the_run_reach_the_steps(cells, monkeypatch):
+    from diffbio import pp
+
+    seen = {}
+    for name, column in (("doublets", "diffbio_predicted_doublet"), ("impute", "unused")):
+
+        def step(adata, name=name, column=column, **given):
+            seen[name] = given
+            adata.obs[column] = False
+
+        monkeypatch.setattr(pp, name, step)
+    settings = {"batch_key": "batch", "max_epochs": 3, "seed": 5, "n_top_genes": 10}
+    through(cells, Steps(doublets="solo", doublet_rate=0.1, impute="diffusion"), settings=settings, **ALONE)
+    assert seen["doublets"]["expected_rate"] == 0.1
+    assert seen["doublets"]["max_epochs"] == 3
+    assert seen["doublets"]["batch_key"] == seen["impute"]["batch_key"] == "batch"
+    assert seen["doublets"]["random_state"] == seen["impute"]["random_state"] == 5
+    assert seen["impute"]["progress"] is False
+    through(cells, Steps(impute="transformer"), settings=settings, **ALONE)
+    assert seen["impute"]["max_epochs"] == 3
 
 
 def test_neither_cells_nor_droplets(tmp_path, capsys):

@@ -90,3 +90,21 @@ def test_filtered_matrices_and_wrong_settings_are_refused():
         call_cells(matrix[420:])
     with pytest.raises(ConfigError, match="fdr"):
         call_cells(matrix, fdr=0.0)
+
+
+@pytest.mark.parametrize("n_cells", [0, 5, 20])
+def test_where_cells_are_few_the_soup_is_not_called(n_cells):
+    rng = np.random.default_rng(7)
+    cells = np.array([rng.multinomial(n, CELL) for n in rng.integers(500, 3000, n_cells)]).reshape(n_cells, 80)
+    soup_totals = np.maximum(rng.lognormal(np.log(50), 0.6, 2500).astype(int), 1)
+    matrix = sparse.csr_array(np.vstack([cells, soup(soup_totals, rng, 500.0)]))
+    found = call_cells(matrix, fdr=0.01)
+    assert found.is_cell[:n_cells].all()
+    assert found.is_cell[n_cells:].sum() <= 1
+
+
+def test_a_limit_below_the_soup_is_refused():
+    matrix, _ = droplets(np.random.default_rng(6))
+    for retain in (np.nan, 50.0):
+        with pytest.raises(ConfigError, match="retain must be above lower"):
+            call_cells(matrix, retain=retain)

@@ -106,6 +106,9 @@ def run(
         bool | None, typer.Option("--quality", help="First weigh cells by depth, genes and mitochondrial share.")
     ] = None,
     doublets: Annotated[str | None, typer.Option(help="First score doublets: scrublet or solo.")] = None,
+    doublet_rate: Annotated[
+        float | None, typer.Option(help="Share of doublets to expect among the cells. [default: 0.06]")
+    ] = None,
     normalize: Annotated[
         str | None, typer.Option(help="Also write normalised counts: shifted_log, cpm or pearson_residuals.")
     ] = None,
@@ -146,7 +149,8 @@ def run(
         "batch_key": batch_key, "label_key": label_key, "layer": layer, "ambient_profile": ambient_profile,
         "n_top_genes": n_top_genes, "n_clusters": n_clusters, "max_epochs": epochs, "batch_size": batch_size,
         "seed": seed, "allow_non_integer": allow_non_integer or None, "raw": raw, "quality": quality,
-        "doublets": doublets, "normalize": normalize, "impute": impute, "drop_flagged": drop_flagged,
+        "doublets": doublets, "doublet_rate": doublet_rate, "normalize": normalize, "impute": impute,
+        "drop_flagged": drop_flagged,
     }  # fmt: skip
     settings |= {name: value for name, value in given.items() if value is not None}
     if settings.get("n_top_genes") == 0:

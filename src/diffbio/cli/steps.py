@@ -17,6 +17,7 @@ class Steps:
     raw: file of all droplets; without a file of cells, the cells are called from it.
     quality: whether to weigh cells by library size, detected genes and mitochondrial share.
     doublets: method, "scrublet" or "solo"; None leaves it out.
+    doublet_rate: share of the cells that is expected to be doublets; None is the default of `pp.doublets`.
     normalize: method, "shifted_log", "cpm" or "pearson_residuals"; None leaves it out.
     impute: method, "diffusion" or "transformer"; None leaves it out.
     drop_flagged: whether cells of low quality and predicted doublets are left out of the analysis and of the output.
@@ -25,6 +26,7 @@ class Steps:
     raw: Path | None = None
     quality: bool = False
     doublets: str | None = None
+    doublet_rate: float | None = None
     normalize: str | None = None
     impute: str | None = None
     drop_flagged: bool = False
@@ -40,6 +42,9 @@ class Steps:
             if method is not None and method not in methods:
                 msg = f"{name} must be {', '.join(map(repr, methods[:-1]))} or {methods[-1]!r}, got {method!r}."
                 raise ConfigError(msg)
+        if self.doublet_rate is not None and self.doublets is None:
+            msg = "doublet_rate is for --doublets; name a method, scrublet or solo."
+            raise ConfigError(msg)
         if self.drop_flagged and not (self.quality or self.doublets):
             msg = "drop_flagged needs something that flags cells: --quality, --doublets, or both."
             raise ConfigError(msg)
@@ -84,6 +89,13 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         raise ConfigError(msg)
     if cells is not None and not steps.in_memory:
         return Ready(cells, [])
+    if settings.get("allow_non_integer"):
+        msg = "--quality, --doublets, --normalize, --impute and calling cells read whole counts; leave them out, or "
+        msg += "leave out --allow-non-integer"
+        raise ConfigError(msg)
+    if cells is None and settings.get("layer") is not None:
+        msg = "--layer names counts of cells; cells are called from X of the droplets: leave it out"
+        raise ConfigError(msg)
     from .. import pp, slots
     from ..data.read import read
 
@@ -100,6 +112,7 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         adata = read(cells)
     common = {"layer": settings.get("layer"), "random_state": settings.get("seed", 0)}
     flagged = None
+    more: dict[str, Any]
     if steps.quality:
         _progress("weighing cells by their quality", quiet)
         known = adata.var_names.str.upper().str.startswith(MITOCHONDRIAL).any()
@@ -112,7 +125,10 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         lines.append(f"{int(flagged.sum()):,} of {adata.n_obs:,} cells are of low quality")
     if steps.doublets is not None:
         _progress(f"scoring doublets ({steps.doublets})", quiet)
-        pp.doublets(adata, method=steps.doublets, batch_key=settings.get("batch_key"), **common)
+        more = {} if steps.doublet_rate is None else {"expected_rate": steps.doublet_rate}
+        if steps.doublets == "solo":
+            more |= {"max_epochs": settings.get("max_epochs"), "progress": not quiet}
+        pp.doublets(adata, method=steps.doublets, batch_key=settings.get("batch_key"), **more, **common)
         double = adata.obs[slots.PREDICTED_DOUBLET].to_numpy()
         lines.append(f"{int(double.sum()):,} of {adata.n_obs:,} cells are predicted doublets")
         flagged = double if flagged is None else flagged | double
@@ -130,7 +146,11 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
     if steps.impute is not None:
         _progress(f"imputing ({steps.impute})", quiet)
         genes = None if settings.get("n_top_genes", 2000) is None else _chosen(adata, settings)
-        pp.impute(adata, method=steps.impute, genes=genes, **common)
+        if steps.impute == "diffusion":
+            more = {"batch_key": settings.get("batch_key")}  # batches are not averaged into each other
+        else:
+            more = {"max_epochs": settings.get("max_epochs")}
+        pp.impute(adata, method=steps.impute, genes=genes, progress=not quiet, **more, **common)
         n_genes = adata.n_vars if genes is None else len(genes)
         lines.append(f"layers[{slots.IMPUTED!r}] holds imputed counts of {n_genes:,} genes")
     return Ready(adata, lines)

@@ -14,6 +14,7 @@ LOWER = 100.0  # counts: droplets with at most as many are taken for empty, as i
 LARGEST_ALPHA = 10_000.0  # of the Dirichlet-multinomial; beyond, it is a multinomial
 DROPLETS_FOR_ALPHA = 20_000  # tell one number well enough
 SKIPPED_RANKS, FEWEST_TOTALS, DEGREES_OF_FREEDOM = 50, 20, 20  # of the curve of totals against ranks
+LOOKED_AT = 100  # droplets above the knee, to see whether these are cells
 DRAWS_AT_ONCE = 1 << 22  # molecules of simulated droplets
 
 
@@ -94,7 +95,8 @@ def call_cells(
     `lower` counts (Good-Turing), the spread between droplets from a Dirichlet-multinomial fitted to them; the
     probability of each larger droplet's counts under it is compared with that of simulated droplets of as many
     counts (Monte Carlo p-values), and Benjamini and Hochberg's rate of false discoveries decides. Droplets above the
-    knee of the curve of totals against ranks are cells in any case.
+    knee of the curve of totals against ranks are cells in any case; but where cells are few, that knee may lie among
+    the soup, so it is used only if most of the least droplets above it are unlike the soup.
 
     Args:
         matrix: (droplets, genes) whole counts, scipy sparse CSR.
@@ -112,6 +114,9 @@ def call_cells(
         msg = f"call_cells: lower must be >= 1, fdr in (0, 1) and n_simulations >= 100, got {lower:g}, {fdr:g} and "
         msg += f"{n_simulations}."
         raise ConfigError(msg)
+    if retain is not None and not retain > lower:
+        msg = f"call_cells: retain must be above lower ({lower:g}), got {retain!r}."
+        raise ConfigError(msg)
     totals = np.asarray(matrix.sum(axis=1)).ravel()
     counts, empty = soup_profile(matrix, totals, lower=lower)
     tested = np.flatnonzero(totals > lower)
@@ -124,9 +129,11 @@ def call_cells(
     profile /= profile.sum()
     rng = np.random.default_rng(seed)
     alpha = _alpha(matrix, np.flatnonzero(empty), profile, rng)
-    knee = _knee(totals[tested]) if retain is None else retain
-    unsure = tested[totals[tested] < knee]
     pvalue, rate = np.full(len(totals), np.nan), np.full(len(totals), np.nan)
+    knee = _knee(totals[tested]) if retain is None else float(retain)
+    if retain is None and not _holds_cells(matrix, totals, tested[totals[tested] >= knee], profile, alpha, rng):
+        knee = np.inf
+    unsure = tested[totals[tested] < knee]
     pvalue[tested] = 0.0
     if len(unsure):
         pvalue[unsure] = _pvalues(matrix[unsure], totals[unsure], profile, alpha, n_simulations, rng)
@@ -168,7 +175,7 @@ def _knee(totals: np.ndarray) -> float:
     if (rank > SKIPPED_RANKS).sum() >= FEWEST_TOTALS:
         x, y = x[rank > SKIPPED_RANKS], y[rank > SKIPPED_RANKS]
     if len(x) < FEWEST_TOTALS:
-        return float(ordered[0])
+        return np.inf
     # derivatives over spans of the curve: single steps of one count are noise
     grid = np.linspace(x[0], x[-1], 200)
     curve = np.interp(grid, x, y)
@@ -179,6 +186,17 @@ def _knee(totals: np.ndarray) -> float:
     flattest = int(np.argmax(slope[: steepest + 1]))
     curvature = (bend / (1.0 + slope**2) ** 1.5)[flattest : steepest + 1]
     return float(10 ** spline(grid[flattest + int(np.argmin(curvature))]))
+
+
+def _holds_cells(
+    matrix: Any, totals: np.ndarray, above: np.ndarray, profile: np.ndarray, alpha: float, rng: np.random.Generator
+) -> bool:
+    """Whether most of the droplets just above the knee are unlike the soup, so that those above are cells."""
+    if not len(above):
+        return False
+    least = above[np.argsort(totals[above], kind="stable")][:LOOKED_AT]
+    pvalue = _pvalues(matrix[least], totals[least], profile, alpha, 199, rng)
+    return bool((pvalue <= 0.01).mean() > 0.5)
 
 
 def _pvalues(

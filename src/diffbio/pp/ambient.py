@@ -49,7 +49,7 @@ def ambient(
         progress: whether to show how training goes.
         copy: works on a copy and returns it.
 
-    `pp.cells` finds the cells of an unfiltered matrix.
+    `pp.call_cells` finds the cells of an unfiltered matrix.
 
     Adds `layers["diffbio_decontaminated"]` (sparse; never negative, never above the counts) and
     `obs["diffbio_ambient_fraction"]`, the share of a cell's counts ascribed to the soup.

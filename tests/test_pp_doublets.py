@@ -98,6 +98,7 @@ def test_refusals():
         ({"method": "magic"}, ConfigError, "'scrublet', 'solo'"),
         ({"expected_rate": 0.5}, ConfigError, "expected_rate"),
         ({"max_epochs": 3}, ConfigError, "max_epochs"),
+        *(({"threshold": bad}, ConfigError, "threshold must be in") for bad in (np.nan, 0.0, 1.0, -0.1)),
     ):
         with pytest.raises(error, match=said):
             diffbio.pp.doublets(adata, **wrong)
@@ -112,13 +113,23 @@ def test_refusals():
 
 def test_no_valley_is_said():
     rng = np.random.default_rng(0)
-    adata = AnnData(sparse.csr_matrix(rng.poisson(6.0, (100, 60)).astype(np.float32)))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    adata = AnnData(sparse.csr_matrix(rng.poisson(6.0, (200, 60)).astype(np.float32)))
+    with pytest.warns(DataWarning, match=r"no valley.*calls the expected 6%") as said:
         diffbio.pp.doublets(adata)
-    row = adata.uns["diffbio"]["doublet_thresholds"].iloc[0]
-    assert row["automatic"] or any("no valley" in str(w.message) for w in said)
-    assert adata.obs["diffbio_predicted_doublet"].mean() <= 3 * 0.06
+    assert said[0].filename == __file__
+    assert not adata.uns["diffbio"]["doublet_thresholds"]["automatic"].iloc[0]
+    assert adata.obs["diffbio_predicted_doublet"].mean() == pytest.approx(0.06, abs=0.01)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_the_figure_tells_the_rate_of_the_cells_it_draws():
+    adata = cells(60, 4)
+    diffbio.pp.doublets(adata, threshold=0.2)
+    called = adata.obs["diffbio_predicted_doublet"].to_numpy()
+    assert called.any()
+    assert f"{called.mean():.1%} of 64 cells" in diffbio.pl.doublets(adata)[0, 0].get_title()
+    kept = adata[~called].copy()
+    assert f"0.0% of {kept.n_obs} cells called" in diffbio.pl.doublets(kept)[0, 0].get_title()
 
 
 def test_experimental_doublets(data_dir):

@@ -7,7 +7,7 @@ from scipy import sparse
 from toy_cells import toy_cells
 
 from diffbio import pl, pp
-from diffbio.errors import ConfigError, DataError, MissingKeyError
+from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError
 from diffbio.operators.singlecell import DifferentiableDiffusionImputer, DiffusionImputerConfig
 
 
@@ -41,10 +41,11 @@ def test_some_genes_and_blocks_of_genes_equal_all_at_once(monkeypatch):
     pp.impute(adata, t=2)
     names = [adata.var_names[k] for k in (7, 2, 11)]
     monkeypatch.setattr(sys.modules["diffbio.pp.impute"], "ENTRIES_PER_BLOCK", 100)  # two genes at a time, of three
+    whole = adata.layers["diffbio_imputed"]
     pp.impute(adata, t=2, genes=names)
     table = adata.obsm["diffbio_imputed"]
     assert list(table.columns) == names
-    np.testing.assert_allclose(table, adata.layers["diffbio_imputed"][:, [7, 2, 11]], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table, whole[:, [7, 2, 11]], rtol=1e-5, atol=1e-6)
     with pytest.raises(MissingKeyError, match="no such gene"):
         pp.impute(adata, genes=["no such gene"])
 
@@ -67,6 +68,43 @@ def test_auto_stops_where_little_changes_and_learned_where_held_out_molecules_sa
     assert found["bandwidth"] != 1.0
     assert "learned" in pl.impute(adata).get_title()
     assert not adata.unwriteable()
+
+
+def test_t_is_chosen_by_all_genes_whichever_are_wanted():
+    adata = toy_cells(90, 40)
+    pp.impute(adata, t="auto")
+    everything, whole = adata.uns["diffbio"]["diffbio_imputed"], adata.layers["diffbio_imputed"]
+    pp.impute(adata, t="auto", genes=[adata.var_names[4]])
+    found = adata.uns["diffbio"]["diffbio_imputed"]
+    np.testing.assert_array_equal(found["t"], everything["t"])
+    np.testing.assert_array_equal(found["curve"], everything["curve"])
+    np.testing.assert_allclose(adata.obsm["diffbio_imputed"], whole[:, [4]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_figure_shows_the_last_call():
+    adata = toy_cells(30, 12)
+    pair = list(adata.var_names[:2])
+
+    def drawn():
+        return np.asarray(pl.impute(adata, pair)[1].collections[0].get_offsets())
+
+    pp.impute(adata, t=1, genes=pair)
+    before = drawn()
+    pp.impute(adata, t=20)
+    assert "diffbio_imputed" not in adata.obsm
+    after = drawn()
+    assert np.abs(after - before).max() > 0.1
+    pp.impute(adata, t=1, genes=pair)
+    assert "diffbio_imputed" not in adata.layers
+    np.testing.assert_allclose(drawn(), before)
+
+
+def test_learning_t_with_a_representation_is_warned_of():
+    adata = toy_cells(60, 20)
+    adata.obsm["X_own"] = np.log1p(adata.X.toarray())[:, :5]
+    with pytest.warns(DataWarning, match=r"'X_own'.*has seen the held-out molecules") as said:
+        pp.impute(adata, t="learned", use_rep="X_own", max_epochs=1)
+    assert said[0].filename == __file__
 
 
 def test_batches_do_not_mix():
@@ -102,7 +140,23 @@ def test_transformer_reads_variable_genes_and_those_named(monkeypatch):
     with pytest.raises(MissingKeyError, match="was not read"):
         pl.impute(adata, [adata.var_names[0], adata.var_names[20]])
     pp.impute(adata, method="transformer", genes=list(adata.var_names[[20, 3]]))
+    assert "diffbio_imputed" not in adata.layers
     assert adata.obsm["diffbio_imputed"].iloc[0].tolist() == [20, 3]
+
+
+@pytest.mark.filterwarnings("ignore::diffbio.errors.DataWarning")  # of the empty cell
+def test_transformer_learns_and_empty_cells_stay_empty(capfd):
+    adata = toy_cells(40, 30)
+    matrix = adata.X.tolil()
+    matrix[[7, 19]] = 0
+    adata.X = matrix.tocsr()
+    pp.impute(adata, method="transformer", max_epochs=1)
+    layer, filled = adata.layers["diffbio_imputed"], np.setdiff1d(np.arange(40), [7, 19])
+    assert (layer[[7, 19]] == 0).all()
+    assert (layer[filled] > 0).all()
+    total = np.asarray(adata.X.sum(axis=1)).ravel()
+    np.testing.assert_allclose(layer[filled].sum(1), total[filled], rtol=0.3)
+    assert capfd.readouterr().err == ""  # progress is not shown unless asked for
 
 
 @pytest.mark.parametrize(
@@ -124,6 +178,10 @@ def test_settings_that_cannot_be_met_are_refused(settings, said):
 def test_bad_cells_are_refused_by_name():
     with pytest.raises(DataError, match="n_neighbors is 5, but there are only 5 cells"):
         pp.impute(toy_cells(5, 10), t=1)
+    uneven = toy_cells(20, 10)
+    uneven.obs["lane"] = np.where(np.arange(20) < 5, "small", "large")
+    with pytest.raises(DataError, match=r"batch 'small' has 5 cells.*n_neighbors=5"):
+        pp.impute(uneven, t=1, batch_key="lane")
     normalised = toy_cells()
     normalised.X = np.log1p(normalised.X.toarray())
     with pytest.raises(DataError, match="log-transformed"):

@@ -185,7 +185,10 @@ def measured(name: str, wanted: list[str] | None) -> list[dict[str, Any]]:
 
 
 def table(names: list[str], wanted: list[str] | None) -> bool:
-    """Prints one table, ours measured now and magic-impute's as stored; whether the bar is met."""
+    """Prints one table, ours measured now and magic-impute's as stored; whether the bars are met.
+
+    Of our rows that are not measured now, the stored ones are what the transformer is held to.
+    """
     stored = json.loads(OUR_RESULTS.read_text()) if OUR_RESULTS.exists() else []
     peer = json.loads(PEER_RESULTS.read_text())["rows"]
     print(f"{'data':15s} {'method':16s} {'loss':>8s} {'CPU s':>8s}")
@@ -198,11 +201,15 @@ def table(names: list[str], wanted: list[str] | None) -> bool:
         new = {row["method"] for row in rows}
         stored = [row for row in stored if row["data"] != name or row["method"] not in new] + rows
         best = min(row["loss"] for row in magic.values())
-        for row in rows:
-            if row["method"] == "ours learned":
-                below = row["loss"] < best
-                met &= below
-                print(f"{name:15s} bar: learned below magic's best, {best:.5f}: {'met' if below else 'MISSED'}")
+        found = {row["method"]: row["loss"] for row in stored if row["data"] == name}
+        bars = [
+            ("ours learned", "magic's best", best),
+            *(("transformer", other, found[other]) for other in ("ours learned", "scVI") if other in found),
+        ]
+        for method, other, bar in bars:
+            if method in new:
+                met &= (below := found[method] < bar)
+                print(f"{name:15s} bar: {method} below {other}, {bar:.5f}: {'met' if below else 'MISSED'}")
     OUR_RESULTS.write_text("[\n " + ",\n ".join(json.dumps(row) for row in stored) + "\n]\n")
     return met
 
@@ -222,7 +229,7 @@ def equality() -> bool:
         "exact components": None,
     }
     print(f"largest difference from magic-impute 3.0.0 given        {'t=1':>9s} {'t=3':>9s} {'t=5':>9s}   bar")
-    met = True
+    met, bars = True, list[str]()
     for name, given in components.items():
         gaps = []
         for t in (1, 3, 5):
@@ -230,11 +237,14 @@ def equality() -> bool:
             data = {"counts": kept} | ({} if given is None else {"embeddings": given.astype(np.float32)})
             imputed = np.asarray(jax.jit(lambda data, op=op: op.apply(data)[0]["imputed_counts"])(data))
             gaps.append(float(np.abs(np.sqrt(imputed / library * np.median(library)) - theirs[f"t{t}"]).max()))
-        met &= given is None or max(gaps) <= EQUAL
+        equal = max(gaps) <= EQUAL
+        met &= given is None or equal
+        bars.extend([] if given is None else [f"bar: {name}, at most {EQUAL}: {'met' if equal else 'MISSED'}"])
         print(f"  {name:52s}  " + " ".join(f"{gap:9.1e}" for gap in gaps) + f"   {'-' if given is None else EQUAL}")
     rows = json.loads(PEER_RESULTS.read_text())["rows"]
     again = next(row for row in rows if row["data"] == "another seed")["largest_difference"]
     print(f"  {'(magic-impute with seed 1 from itself with seed 0)':52s}  " + " ".join(f"{gap:9.1e}" for gap in again))
+    print("\n".join(bars))
     return met
 
 

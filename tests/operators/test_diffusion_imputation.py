@@ -92,6 +92,14 @@ def test_bad_data_is_refused():
         imputer(n_neighbors=3).apply({"counts": counts, "neighbor_indices": np.zeros((6, 2), int)})
     with pytest.raises(DataError, match="holds 6, but row numbers"):
         imputer(n_neighbors=1).apply({"counts": counts, "neighbor_indices": np.full((6, 2), 6)})
+    own = np.array([[1, 2], [2, 0], [0, 1], [3, 1], [0, 1], [0, 1]])
+    with pytest.raises(DataError, match="the cell itself in 1 of 6 rows, first in row 3"):
+        imputer(n_neighbors=1).apply({"counts": counts, "neighbor_indices": own})
+    for bad, said in ((np.nan, "holds nan"), (-1.0, "holds -1")):
+        odd = counts.copy()
+        odd[2, 3] = bad
+        with pytest.raises(DataError, match=rf"DiffusionImputer: data\['counts'\].*row 2, column 3 {said}"):
+            imputer(n_neighbors=3).apply({"counts": odd})
     with pytest.raises(ConfigError, match="at most 20"):
         DiffusionImputerConfig(diffusion_t=21.0)
 
@@ -115,6 +123,23 @@ def test_training_learns_from_held_out_molecules_alone():
     op.t[...] = jnp.asarray(0.0)
     whole.append(op.objective({**data, "counts": kept, "held_out_counts": held_out})[0])
     assert whole[0] < whole[1]
+
+
+@pytest.mark.parametrize(("t", "steps"), [(0.0, 0.0), (20.0, 20.0), (-1.5, 1.5), (21.5, 18.5), (-43.0, 3.0)])
+def test_t_stays_between_0_and_20_steps_and_keeps_its_gradient(t, steps):
+    data = {"counts": jnp.asarray(mixed_types(30, 12))}
+    op, within = imputer(n_pca_components=5), imputer(n_pca_components=5, diffusion_t=steps)
+    op.t[...] = jnp.asarray(t)
+
+    def loss(op):
+        return op.objective(data)[0]
+
+    (value, metrics), wanted = op.objective(data), loss(within)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["t"], steps, atol=1e-5)
+    slopes = [np.asarray(nnx.grad(loss)(each).t[...]) for each in (op, within)]
+    assert slopes[0] != 0
+    np.testing.assert_allclose(abs(slopes[0]), abs(slopes[1]), rtol=1e-3, atol=1e-7)
 
 
 def test_many_cells_are_learned_from_some_genes(monkeypatch):

@@ -162,7 +162,7 @@ def test_bad_counts_and_settings_are_named():
     op = denoiser()
     counts = np.ones((3, GENES), np.float32)
     counts[1, 2] = np.nan
-    with pytest.raises(DataError, match=r"cell 1 has nan at gene 2.*mask"):
+    with pytest.raises(DataError, match=r"TransformerDenoiser: .*row 1, column 2 holds nan; say by `mask`"):
         imputed(op, counts)
     assert np.isfinite(imputed(op, counts, mask=jnp.isnan(counts))).all()  # missing says so
     with pytest.raises(ConfigError, match="hidden_dim must be a multiple of num_heads"):

@@ -65,15 +65,21 @@ def most_variable(
     variance: Float[np.ndarray, " genes"],
     detected: Int[np.ndarray, " genes"],
     percentile: float,
+    *,
+    most: int | None = None,
 ) -> Bool[np.ndarray, " genes"]:
     """Which genes have a v-score at or above a percentile of all, and are detected in three cells at least.
 
-    mean, variance: of normalised counts. detected: cells with three normalised counts or more.
+    mean, variance: of normalised counts. detected: cells with three normalised counts or more. most: no more than so
+    many, those of highest score; ties at the percentile may be more.
     """
     scores = v_scores(mean, variance)
     if not (scores > 0).any():
         return np.zeros(len(scores), bool)
-    return (scores > 0) & (scores >= np.percentile(scores[scores > 0], percentile)) & (detected >= LEAST_CELLS)
+    found = (scores > 0) & (scores >= np.percentile(scores[scores > 0], percentile)) & (detected >= LEAST_CELLS)
+    if most is not None and found.sum() > most:
+        found[np.argsort(np.where(found, -scores, np.inf), kind="stable")[most:]] = False
+    return found
 
 
 def content_order(counts: Float[Array, "cells genes"]) -> Int[Array, " cells"]:

@@ -49,9 +49,10 @@ def doublets(adata: "AnnData") -> "np.ndarray":
         everything = np.concatenate([scores[cells], doubles])
         bins = np.linspace(min(0.0, everything.min()), everything.max(), BINS + 1)
         where = "" if len(table) == 1 else f"{short(name)}: "
+        share = called[cells].mean() if cells.any() else 0.0  # of the cells that are drawn; some may have been dropped
         parts = [scores[cells & ~called], scores[cells & called]]
         axes[b, 0].hist(parts, bins=bins, stacked=True, color=[PALETTE[0], PALETTE[4]], label=["kept", "called"])
-        axes[b, 0].set(yscale="log", title=f"{where}{row['detected_rate']:.1%} of {cells.sum():,} cells called")
+        axes[b, 0].set(yscale="log", title=f"{where}{share:.1%} of {cells.sum():,} cells called")
         axes[b, 1].hist(doubles, bins=bins, color=GREY)
         axes[b, 1].set(title=f"{where}{row['detectable_share']:.0%} of {len(doubles):,} simulated doublets above")
         for ax, what in zip(axes[b], ("cells", "simulated doublets"), strict=True):

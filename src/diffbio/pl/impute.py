@@ -1,9 +1,10 @@
 """Figures of `pp.impute`: two genes before and after, and how the diffusion time was chosen."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from scipy import sparse
 
 from .. import slots
 from ..data.source import counts_of
@@ -51,7 +52,7 @@ def impute(
     matrix = counts_of(adata, layer=layer)
     library = np.maximum(np.asarray(matrix.sum(axis=1)).ravel(), 1.0)
     places = adata.var_names.get_indexer_for(pd.Index(list(genes)))
-    counted = np.column_stack([_dense(matrix[:, [place]]) for place in places])
+    counted = cast("Any", sparse.csc_array)(matrix[:, places]).toarray()
     sides = [np.log1p(PER_CELL * x / library[:, None]) for x in (counted, _imputed(adata, genes, places))]
     figure, axes = plt.subplots(
         1, 2, figsize=(2 * PANEL[0], PANEL[1]), sharex=True, sharey=True, layout="constrained"
@@ -116,7 +117,3 @@ def _choice_of_t(adata: "AnnData") -> "Axes":
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(ax)
     return ax
-
-
-def _dense(column: Any) -> np.ndarray:
-    return np.asarray(column.toarray() if hasattr(column, "toarray") else column, float)

@@ -58,8 +58,8 @@ def doublets(
         method: "scrublet" (`DifferentiableDoubletScorer`) counts simulated doublets among a cell's neighbours; "solo"
             (`DifferentiableSoloDetector`) trains a count VAE and a classifier.
         expected_rate: of doublets among the cells, in (0, 0.5); of 10x experiments about 0.008 per 1,000 cells.
-        threshold: scores above it are called. None lies, with "scrublet", in the valley between the two modes of the
-            simulated doublets' scores; where there is none, and with "solo", it calls the expected rate.
+        threshold: in (0, 1); scores above it are called. None lies, with "scrublet", in the valley between the two
+            modes of the simulated doublets' scores; where there is none, and with "solo", it calls the expected rate.
         batch_key: column of `obs`: doublets are sought in each batch by itself.
         model: of "solo": a fitted `diffbio.models.SCVI` of these genes, whose encoder is taken instead of training one.
         max_epochs: of "solo"; None is what the operator prefers.
@@ -74,7 +74,7 @@ def doublets(
     of the two), and `uns["diffbio"]["simulated_doublet_scores"]`, arrays `scores` and `batch` (row of the table).
 
     Raises:
-        ConfigError: an unknown method, or a rate out of its range.
+        ConfigError: an unknown method, or a rate or threshold out of its range.
         DataError: values that are no raw counts, or a batch of fewer than 30 cells with counts.
     """
     import pandas as pd
@@ -82,6 +82,9 @@ def doublets(
     slots.choose(method, ["scrublet", "solo"], "pp.doublets")
     if not 0 < expected_rate < 0.5:
         msg = f"pp.doublets: expected_rate must be in (0, 0.5), got {expected_rate!r}."
+        raise ConfigError(msg)
+    if threshold is not None and not 0 < threshold < 1:  # NaN is refused too
+        msg = f"pp.doublets: threshold must be in (0, 1), as the scores are, got {threshold!r}."
         raise ConfigError(msg)
     if max_epochs is not None and method != "solo":
         msg = "pp.doublets: max_epochs is for method='solo'; 'scrublet' trains nothing."
@@ -214,4 +217,4 @@ def _solo(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"pp.doublets: {message}", DataWarning, stacklevel=5)
+    warnings.warn(f"pp.doublets: {message}", DataWarning, stacklevel=4)

@@ -1,5 +1,6 @@
 """Imputation of dropouts on AnnData."""
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from flax import nnx
 
 from .. import slots
 from ..data.source import ArraySource
-from ..errors import ConfigError, MissingKeyError
+from ..errors import ConfigError, DataError, DataWarning, MissingKeyError
 from ..fitting import fit
 from ..math.diffusion import ENTRIES_PER_BLOCK, Markov, procrustes_disparity, step
 from ..operators.singlecell import (
@@ -45,7 +46,7 @@ def impute(
     max_epochs: int | None = None,
     layer: str | None = None,
     random_state: int = 0,
-    progress: bool = True,
+    progress: bool = False,
     copy: bool = False,
 ) -> None:
     """Fills in molecules that were missed, from similar cells or from the other genes of the cell.
@@ -55,12 +56,14 @@ def impute(
         method: "diffusion" averages over a graph of similar cells (MAGIC); "transformer" predicts each gene from the
             others of the cell, on the variable genes and those named in `genes`.
         t: how many steps to diffuse: a number, such as 3 or 1.5; "auto" stops where a further step changes little
-            (MAGIC's rule); "learned" takes t, bandwidth and decay that best predict held-out molecules.
+            (MAGIC's rule); "learned" takes t, bandwidth and decay that best predict held-out molecules. All genes are
+            looked at, whatever `genes` are.
         genes: names of the genes that are wanted; None is all of them.
         n_neighbors: of diffusion: the neighbour whose distance is a cell's bandwidth; edges reach three times as far.
         decay: of diffusion: exponent of the kernel.
         use_rep: of diffusion: entry of `obsm` to compare cells by, such as an integrated one; None is 100 principal
-            components of the counts.
+            components of the counts. With t="learned" those are made without the held-out molecules; a representation
+            has seen them, so that too little averaging may look best: there is a warning.
         batch_key: of diffusion: column of `obs`; each batch is imputed from its own cells.
         max_epochs: of learning; None is what the operator prefers.
         layer: of the counts; None is X.
@@ -69,9 +72,15 @@ def impute(
         copy: works on a copy and returns it.
 
     Adds `layers["diffbio_imputed"]`, expected counts, dense, NaN where a gene was not read; or with `genes`
-    `obsm["diffbio_imputed"]`, a table of theirs. `uns["diffbio"]["diffbio_imputed"]` holds t, bandwidth and decay of
+    `obsm["diffbio_imputed"]`, a table of theirs; the other of the two is removed. Cells without counts stay at zero.
+    `uns["diffbio"]["diffbio_imputed"]` holds t, bandwidth and decay of
     each batch, and the `curve` by which t was chosen, at t = 0, 1, 2, ...: loss of held-out molecules
     (with the bandwidth and decay that were learned), or disparity from the step before.
+
+    Raises:
+        ConfigError: an unknown method, t out of its range, or a setting that the method does not have.
+        DataError: values that are no raw counts, or a batch with too few cells.
+        MissingKeyError: a gene, or the representation, is not there.
     """
     slots.choose(method, ["diffusion", "transformer"], "pp.impute")
     _check_t(t)
@@ -95,8 +104,14 @@ def impute(
         config = DiffusionImputerConfig(
             n_neighbors=n_neighbors, decay=float(decay), diffusion_t=3.0 if isinstance(t, str) else float(t)
         )
-        batch = slots.labels(adata, batch_key)
-        batch = np.zeros(adata.n_obs, int) if batch is None else batch
+        batch = np.zeros(adata.n_obs, int)
+        if batch_key is not None:
+            batch, names = slots.batches(adata, batch_key)
+            _check_batches(np.bincount(batch, minlength=len(names)), names, n_neighbors)
+        if use_rep is not None and t == "learned":
+            msg = f"pp.impute: obsm[{use_rep!r}] has seen the held-out molecules that t is learned from; too little "
+            msg += "averaging may look best. Without use_rep the components are made from the other molecules"
+            warnings.warn(msg, DataWarning, stacklevel=3)
         points = None if use_rep is None else slots.representation(adata, use_rep)
         result, steps = np.empty((adata.n_obs, len(columns)), np.float32), []
         for number in np.unique(batch):
@@ -107,6 +122,8 @@ def impute(
             steps.append(diffusion.choose(t, random_state, learning))
             result[rows] = diffusion.imputed()
         found = _told(steps)
+    for stale in (adata.layers, adata.obsm):  # of an earlier call
+        stale.pop(slots.IMPUTED, None)
     if genes is None:
         adata.layers[slots.IMPUTED] = result
     else:
@@ -124,7 +141,7 @@ class _Diffusion:
         self.given = {} if points is None else {"embeddings": points}
         self.points = op.embedded_on_host(counts) if points is None else points
         self.indices = op.neighbors_on_host(self.points)
-        y: Any = stabilised_on_host(counts)[:, columns]
+        y: Any = stabilised_on_host(counts)
         self.y = y.tocsc() if hasattr(y, "tocsc") else y  # columns are what is read
 
     def choose(self, t: float | str, seed: int, learning: dict[str, Any]) -> dict[str, Any]:
@@ -138,20 +155,20 @@ class _Diffusion:
             curve = self._disparities(seed)
             self.op.t[...] = jnp.asarray(float(min(len(curve), MOST_STEPS)))  # one step more, as MAGIC
         return {
-            "t": float(self.op.t[...]), "bandwidth": float(jnp.exp(self.op.log_bandwidth[...])),
+            "t": float(self.op.steps()), "bandwidth": float(jnp.exp(self.op.log_bandwidth[...])),
             "decay": float(jnp.exp(self.op.log_decay[...])), "curve": curve,
         }  # fmt: skip
 
     def imputed(self) -> np.ndarray:
         """Expected counts of the wanted genes, a block of genes at a time."""
         run = jax.jit(self.op.diffused)
-        operator, (n, width) = self._operator(), self.y.shape
+        operator, n, width = self._operator(), self.y.shape[0], len(self.columns)
         library = np.asarray(self.counts.sum(axis=1), np.float32).reshape(-1, 1)
         result = np.empty((n, width), np.float32)
         size = min(width, max(1, ENTRIES_PER_BLOCK // n))
         for start in range(0, width, size):
             block = slice(min(start, width - size), min(start, width - size) + size)  # all of one size: compiled once
-            part = np.asarray(run(operator, jnp.asarray(_dense(self.y[:, block]))))
+            part = np.asarray(run(operator, jnp.asarray(_dense(self.y[:, self.columns[block]]))))
             np.multiply(library, np.maximum(part, 0.0) ** 2, out=result[:, block])
         return result
 
@@ -180,7 +197,9 @@ def _by_transformer(matrix: Any, read: np.ndarray, seed: int, learning: dict[str
     op = DifferentiableTransformerDenoiser(TransformerDenoiserConfig(n_genes=len(read)), rngs=nnx.Rngs(seed))
     source = ArraySource({"counts": matrix[:, read]}, {})
     fit(op, source, seed=seed, **learning)
-    return np.concatenate([part["imputed_counts"] for part in apply_in_chunks(op, source, ["imputed_counts"])])
+    imputed = np.concatenate([part["imputed_counts"] for part in apply_in_chunks(op, source, ["imputed_counts"])])
+    empty = np.asarray(matrix.sum(axis=1)).ravel() == 0
+    return np.where(empty[:, None], np.float32(0), imputed)  # nothing is known of them
 
 
 def _told(steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,6 +214,14 @@ def _told(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _dense(block: Any) -> np.ndarray:
     return np.asarray(block.toarray() if hasattr(block, "toarray") else block)
+
+
+def _check_batches(sizes: np.ndarray, names: Sequence[str], n_neighbors: int) -> None:
+    for size, name in zip(sizes, names, strict=True):
+        if size <= n_neighbors:
+            msg = f"pp.impute: batch {name!r} has {size} cells, and each needs n_neighbors={n_neighbors} others of its "
+            msg += "batch; leave the batch out, or pass a smaller n_neighbors."
+            raise DataError(msg)
 
 
 def _check_t(t: float | str) -> None:

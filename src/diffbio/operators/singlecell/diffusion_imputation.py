@@ -18,7 +18,7 @@ from ...math.diffusion import Markov, adaptive_affinity, diffuse, markov, neighb
 from ...math.linalg import pca
 from ...math.neighbors import knn, nearest
 from ...math.principal import principal_components
-from ..base import Config, Data, Operator, nonnegative, one_of, positive
+from ..base import Config, Data, Operator, checked_counts, nonnegative, one_of, positive
 
 MOST_STEPS = 20  # of diffusion; MAGIC's own search for t ends there
 SHARE_KEPT = 0.9  # of the molecules, when t and bandwidth are learned; the others have to be predicted
@@ -72,8 +72,9 @@ class DifferentiableDiffusionImputer(Operator):
     among the cells that were averaged. Equals magic-impute 3.0.0 at whole t, given the same principal components
     (its own come from a randomised algorithm, ours are exact).
 
-    t, bandwidth and decay are parameters, `objective` is molecular cross-validation (Batson et al. 2019): a tenth
-    of every cell's molecules is held out and predicted from the others. Real t: see `power_weights`.
+    t, bandwidth and decay are parameters. t is read mirrored at 0 and at 20 (`steps()`): whatever value training gives
+    it stands for 0 to 20 steps and has a gradient. `objective` is molecular cross-validation (Batson et al. 2019): a
+    tenth of every cell's molecules is held out and predicted from the others. Real t: see `power_weights`.
 
     Which cells are neighbours is a discrete choice outside the gradient. The gradient with respect to a count of 0,
     where the root has no slope, is taken as 0.
@@ -107,9 +108,11 @@ class DifferentiableDiffusionImputer(Operator):
         held_out_counts: molecules that are not in `counts`, which `objective` is to predict; no output needs them.
 
         Raises:
-            DataError: there are not more cells than n_neighbors, or a row number is out of range.
+            DataError: there are not more cells than n_neighbors; and, where values are known (not under jit): negative
+                or missing counts, a row number that is out of range, or the cell's own.
         """
         del held_out_counts
+        checked_counts("DifferentiableDiffusionImputer", counts)
         operator = self.graph(self._embedded(counts, embeddings, neighbor_indices), neighbor_indices)
         library, y = stabilised(counts)
         return {"imputed_counts": library * jnp.maximum(self.diffused(operator, y), 0.0) ** 2}
@@ -133,7 +136,12 @@ class DifferentiableDiffusionImputer(Operator):
 
     def diffused(self, operator: Markov, y: Float[Array, "cells genes"]) -> Float[Array, "cells genes"]:
         """P^t y; genes do not depend on each other, so that any columns may be given."""
-        return diffuse(operator, y, jnp.clip(self.t[...], 0.0, MOST_STEPS).astype(y.dtype), most=MOST_STEPS)
+        return diffuse(operator, y, self.steps().astype(y.dtype), most=MOST_STEPS)
+
+    def steps(self) -> Float[Array, ""]:
+        """How many steps the parameter `t` stands for, in [0, 20]: t itself there, mirrored at the ends beyond."""
+        t = jnp.mod(self.t[...], 2.0 * MOST_STEPS)
+        return jnp.where(t > MOST_STEPS, 2.0 * MOST_STEPS - t, t)
 
     def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:
         """Poisson loss of the held-out molecules, in nats per cell and gene, given all other molecules.
@@ -141,13 +149,10 @@ class DifferentiableDiffusionImputer(Operator):
         The graph is built without the held-out molecules too. If `data` has no "held_out_counts", a tenth of the
         counts is drawn, the same one each time; `embeddings` are then taken to know nothing of it.
         """
-        inputs = self._inputs(data)
-        if "held_out_counts" not in inputs:
-            kept, held_out = split_molecules(inputs["counts"], SHARE_KEPT, jax.random.key(self.split_seed[...]))
-            inputs |= {"counts": kept, "held_out_counts": held_out}
+        inputs = self._with_held_out(data)
         loss = poisson_loss(self(**inputs)["imputed_counts"], inputs["held_out_counts"])
         bandwidth, decay = jnp.exp(self.log_bandwidth[...]), jnp.exp(self.log_decay[...])
-        return loss, {"t": self.t[...], "bandwidth": bandwidth, "decay": decay}
+        return loss, {"t": self.steps(), "bandwidth": bandwidth, "decay": decay}
 
     def for_training(self, data: Data) -> Data:
         """Does once what does not depend on the parameters: the split of the molecules, components, neighbours.
@@ -185,10 +190,7 @@ class DifferentiableDiffusionImputer(Operator):
 
     def losses(self, data: Data) -> Float[np.ndarray, " steps"]:
         """The objective at t = 0, 1, 2, ... and the present bandwidth and decay, until it has risen twice."""
-        inputs = self._inputs(data)
-        if "held_out_counts" not in inputs:
-            kept, held_out = split_molecules(inputs["counts"], SHARE_KEPT, jax.random.key(self.split_seed[...]))
-            inputs |= {"counts": kept, "held_out_counts": held_out}
+        inputs = self._with_held_out(data)
         given = inputs.get("embeddings"), inputs.get("neighbor_indices")
         operator = self.graph(self._embedded(inputs["counts"], *given), given[1])
         y = stabilised(inputs["counts"])[1]
@@ -216,6 +218,14 @@ class DifferentiableDiffusionImputer(Operator):
         self._check_enough(n)
         k = min(self.config.n_neighbors * self.config.reach, n - 1)
         return knn(embeddings, k, metric=self.config.metric).indices
+
+    def _with_held_out(self, data: Data) -> dict[str, jax.Array]:
+        """The inputs; if molecules to predict are not among them, they are drawn from the counts."""
+        inputs = self._inputs(data)
+        if "held_out_counts" not in inputs:
+            kept, held_out = split_molecules(inputs["counts"], SHARE_KEPT, jax.random.key(self.split_seed[...]))
+            inputs |= {"counts": kept, "held_out_counts": held_out}
+        return inputs
 
     def _embedded(
         self, counts: jax.Array, embeddings: jax.Array | None, neighbor_indices: jax.Array | None
@@ -249,6 +259,13 @@ class DifferentiableDiffusionImputer(Operator):
             msg = (
                 f"DifferentiableDiffusionImputer: data['neighbor_indices'] holds {odd}, but row numbers of "
                 f"{n_cells} cells are 0 to {n_cells - 1}."
+            )
+            raise DataError(msg)
+        own = (values == np.arange(n_cells)[:, None]).any(axis=1)
+        if own.any():
+            msg = (
+                f"DifferentiableDiffusionImputer: data['neighbor_indices'] names the cell itself in {own.sum()} of "
+                f"{n_cells} rows, first in row {int(own.argmax())}; leave it out: a cell always keeps a part of itself."
             )
             raise DataError(msg)
 

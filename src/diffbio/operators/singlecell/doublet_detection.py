@@ -25,7 +25,7 @@ from ...math.doublets import (
     smoothed_share,
 )
 from ...math.principal import principal_components
-from ..base import Config, Data, Operator, nonnegative, positive, setting
+from ..base import Config, Data, Operator, checked_counts, nonnegative, positive, setting
 from .solo_detection import DifferentiableSoloDetector as DifferentiableSoloDetector
 from .solo_detection import SoloDetectorConfig as SoloDetectorConfig
 
@@ -88,10 +88,12 @@ class DifferentiableDoubletScorer(Operator):
 
     library_size: counts of a cell over all genes, where `counts` holds some; by default the sum.
     doublet_pairs: rows of the two cells of each simulated doublet; by default drawn at random, in an order given by
-    the counts, so that cells in another order get the same scores. In train mode each call draws anew.
+    the counts, so that cells in another order get the same scores. In train mode each call draws new pairs.
 
-    Differences from Scrublet: neighbours are exact up to 20,000 points; beyond 20,000 cells a random 20,000 of them
-    and their simulated doublets are the reference for all. Doublets of two alike cells cannot be seen by any of this.
+    Differences from Scrublet: neighbours are exact up to 20,000 points; beyond 20,000 cells, 20,000 of them and two
+    simulated doublets for each (`sim_doublet_ratio`), of pairs of any cells, are the reference for all. Which cells
+    are in it a hash of their counts decides: neither seed nor mode. Doublets of two alike cells cannot be seen by any
+    of this.
     """
 
     config: DoubletScorerConfig
@@ -137,7 +139,7 @@ class DifferentiableDoubletScorer(Operator):
         """Principal components of standardised counts of the variable genes, of cells of one library size."""
         n_kept = self._n_kept()
         factor = library.mean() / jnp.where(library > 0, library, 1.0)
-        found = _choose(*jax.lax.stop_gradient((counts, factor)), self.config.gene_percentile)
+        found = _choose(*jax.lax.stop_gradient((counts, factor)), self.config.gene_percentile, n_kept)
         if not isinstance(found, jax.core.Tracer) and not found.any():
             msg = (
                 "DifferentiableDoubletScorer: no gene in data['counts'] varies between cells and has 3 normalised "
@@ -147,7 +149,7 @@ class DifferentiableDoubletScorer(Operator):
         return _projected(counts, factor, found, n_kept, self.config.n_pca_components)
 
     def _n_kept(self) -> int:
-        """The most genes that can lie at or above the percentile."""
+        """The most genes that can lie at or above the percentile, but for ties; of those no more are used."""
         return self.config.n_genes - math.floor((self.config.n_genes - 1) * self.config.gene_percentile / 100)
 
     def _check(self, counts: jax.Array, library: jax.Array, pairs: jax.Array | None) -> None:
@@ -166,10 +168,7 @@ class DifferentiableDoubletScorer(Operator):
             raise DataError(msg)
         if any(isinstance(a, jax.core.Tracer) for a in (counts, library, pairs)):
             return
-        if not (bool(jnp.isfinite(counts).all()) and bool((counts >= 0).all())):
-            row = int(jnp.argmin((jnp.isfinite(counts) & (counts >= 0)).all(1)))
-            msg = f"{who}: data['counts'] holds negative, NaN or infinite values, first in row {row}; pass raw counts."
-            raise DataError(msg)
+        checked_counts(who, counts)
         empty = np.flatnonzero(~(np.asarray(library) > 0))
         if empty.size:
             rows = ", ".join(map(str, empty[:5])) + (", ..." if empty.size > 5 else "")
@@ -197,8 +196,8 @@ class DifferentiableDoubletScorer(Operator):
         return {"drawn pairs": (op(), {"counts": counts}), "given pairs, chosen genes": (chosen, given)}
 
 
-@functools.partial(jax.jit, static_argnames="percentile")
-def _choose(counts: jax.Array, factor: jax.Array, percentile: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("percentile", "most"))
+def _choose(counts: jax.Array, factor: jax.Array, percentile: float, most: int) -> jax.Array:
     """Which genes are variable, (genes,) of bool; of the counts only sums over cells are made."""
     x = counts * factor[:, None]
     mean = x.mean(0)
@@ -206,7 +205,7 @@ def _choose(counts: jax.Array, factor: jax.Array, percentile: float) -> jax.Arra
     detected = (x >= LEAST_COUNT).sum(0)
 
     def chosen(mean: Any, variance: Any, detected: Any) -> np.ndarray:
-        return most_variable(np.asarray(mean), np.asarray(variance), np.asarray(detected), percentile)
+        return most_variable(np.asarray(mean), np.asarray(variance), np.asarray(detected), percentile, most=most)
 
     shape = jax.ShapeDtypeStruct(mean.shape, jnp.bool_)
     return jax.pure_callback(chosen, shape, mean, variance, detected)
@@ -226,7 +225,7 @@ def _projected(counts: jax.Array, factor: jax.Array, found: jax.Array, n_kept: i
 
 @functools.partial(jax.jit, static_argnames=("n_reference", "n_pairs"))
 def _draw(key: jax.Array, counts: jax.Array, n_reference: int, n_pairs: int) -> tuple[jax.Array, jax.Array]:
-    """Pairs of cells, and the cells that are a reference."""
+    """Pairs of any cells, by the key; and the cells that are a reference, by their counts alone."""
     order = content_order(counts)
     return draw_pairs(key, order, n_pairs), order[:n_reference]
 

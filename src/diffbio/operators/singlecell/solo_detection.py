@@ -15,13 +15,14 @@ from ...math.doublets import share_near
 from ...math.sparse import SparseRows
 from ...nn.count_vae import CountVAE, log_positive
 from ...nn.scvi import SCVI
-from ..base import Config, Data, Operator, fraction, one_of, positive
+from ..base import Config, Data, Operator, checked_counts, fraction, one_of, positive
 
 REFERENCE_POINTS = 20_000  # latent positions of cells and simulated doublets that are kept, at most
 NEIGHBOR_TEMPERATURE = 0.25  # of the share of doublets among neighbours, as in the doublet scorer
 HELD_OUT = 0.1  # of the reference, to decide when the classifier has learned enough
 CLASSIFIER_EPOCHS, CLASSIFIER_PATIENCE = 60, 8
 CLASSIFIER_BATCH, CLASSIFIER_RATE = 128, 1e-3
+CLASSIFIER_SETTINGS = frozenset({"classifier_hidden_dim", "sim_doublet_ratio"})  # what does not come from the VAE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,11 +111,18 @@ class DifferentiableSoloDetector(Operator):
     def from_scvi(cls, module: SCVI, *, rngs: nnx.Rngs, **settings: Any) -> "DifferentiableSoloDetector":
         """A detector with the encoder of a fitted `SCVI` (`model.module`); `diffbio.fit` trains the classifier alone.
 
-        settings: those of the classifier, `classifier_hidden_dim` and `sim_doublet_ratio`.
+        settings: those of the classifier, `classifier_hidden_dim` and `sim_doublet_ratio`; all others are the model's.
 
         Raises:
-            ConfigError: the encoder reads covariates, or has other norms or inputs than SCVI's defaults.
+            ConfigError: the module is not trained (the running statistics of its encoder's norms are still those it
+                is born with), the encoder reads covariates, or has other norms or inputs than SCVI's defaults; or a
+                setting that is not the classifier's.
         """
+        odd = sorted(set(settings) - CLASSIFIER_SETTINGS)
+        if odd:
+            msg = f"DifferentiableSoloDetector.from_scvi: {odd[0]} is the model's and cannot be chosen; settings are "
+            msg += f"{' and '.join(sorted(CLASSIFIER_SETTINGS))}."
+            raise ConfigError(msg)
         vae = module.vae
         widths = tuple(int(block.linear.out_features) for block in vae.encoder.network.blocks)
         config = SoloDetectorConfig(
@@ -127,12 +135,21 @@ class DifferentiableSoloDetector(Operator):
             msg = "DifferentiableSoloDetector.from_scvi: the encoder must be as SCVI's defaults make it: of log counts "
             msg += "alone, with batch norm."
             raise ConfigError(msg)
+        if _as_born(vae.encoder):
+            msg = "DifferentiableSoloDetector.from_scvi: the module is not trained: the running statistics of its "
+            msg += "norms are as at the start; train it."
+            raise ConfigError(msg)
         nnx.update(solo.vae.encoder, jax.tree.map(jnp.array, theirs))
         solo._keep_encoder()
         return solo
 
     def __call__(self, counts: Float[Array, "cells genes"]) -> SoloDoublets:
-        """Encodes every cell and asks the classifier."""
+        """Encodes every cell and asks the classifier.
+
+        Raises:
+            DataError: negative or missing counts, where values are known (not under jit).
+        """
+        checked_counts("DifferentiableSoloDetector", counts)
         latent = self.vae.encode(counts).mean
         logit = self._logit(self._features(latent, log_positive(counts.sum(-1))))
         return {
@@ -170,7 +187,7 @@ class DifferentiableSoloDetector(Operator):
         """What the classifier is to learn from: latent mean and log library of each cell and of its doublets."""
         counts = self._inputs(data)["counts"]
         z, log_library = self._seen(counts)
-        doublets = [self._seen(counts + jnp.roll(counts, shift, axis=0)) for shift in self._shifts(len(counts))]
+        doublets = [self._seen(counts + jnp.roll(counts, shift, axis=0)) for shift in self._shifts(counts)]
         return {
             "latent": z,
             "log_library": log_library,
@@ -234,13 +251,18 @@ class DifferentiableSoloDetector(Operator):
         assert self.output.bias is not None
         return self.hidden.kernel, self.hidden.bias, self.output.kernel, self.output.bias
 
-    def _shifts(self, n: int) -> list[jax.Array]:
-        """How far a cell's partner stands from it in the batch, for each simulated doublet; never 0, if it can."""
-        count = self.config.sim_doublet_ratio
-        if self.training:
-            return list(jax.random.randint(self.noise(), (count,), 1, max(n, 2)))
-        others = max(n - 1, 1)
-        return list(1 + jax.random.permutation(jax.random.key(self.seed[...]), others)[jnp.arange(count) % others])
+    def _shifts(self, counts: jax.Array) -> list[jax.Array]:
+        """How far a cell's partner stands from it in the batch, for each simulated doublet; never 0, if it can.
+
+        Few cells come with the first of them again at the end (`chunks.in_chunks`), and are not to meet themselves:
+        shifts that give the first cell a partner of its own counts are not taken either, if there are others.
+        """
+        n = len(counts)
+        key = self.noise() if self.training else jax.random.key(self.seed[...])
+        shifts = 1 + jax.random.permutation(key, max(n - 1, 1))
+        alike = (counts == counts[0]).all(axis=1)[-shifts % n]
+        shifts = shifts[jnp.argsort(alike, stable=True)]
+        return list(shifts[jnp.arange(self.config.sim_doublet_ratio) % jnp.maximum((~alike).sum(), 1)])
 
     def _keep_encoder(self) -> None:
         self.encoder_given, self.held_in_fit = True, ("vae",)
@@ -266,6 +288,12 @@ class DifferentiableSoloDetector(Operator):
         taught = op()
         taught.finish_from({key: np.asarray(value) for key, value in taught.positions(data).items()})
         return {"untrained": (op(), data), "with a reference": (taught, data)}
+
+
+def _as_born(encoder: nnx.Module) -> bool:
+    """Whether no batch has moved the running means and variances of the encoder's norms."""
+    norms = [part for _, part in nnx.iter_modules(encoder) if isinstance(part, nnx.BatchNorm)]
+    return all(bool((norm.mean[...] == 0).all() and (norm.var[...] == 1).all()) for norm in norms)
 
 
 Weights = tuple[jax.Array, ...]

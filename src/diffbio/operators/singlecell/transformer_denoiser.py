@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from scipy.sparse.linalg import svds
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError
 from ...losses.molecular_cv import split_molecules
 from ...math.blocks import sum_in_blocks
 from ...math.distributions import nb_log_prob, poisson_log_prob
 from ...nn.count_vae import log_positive, moments
 from ...nn.gene_transformer import GeneTables, GeneTransformer
-from ..base import Config, Data, Operator, fraction, one_of, positive
+from ..base import Config, Data, Operator, checked_counts, fraction, one_of, positive
 
 BLOCK_CELLS = 8  # at a time: their (latents, genes) of every head stay in the cache
 LARGEST_START = 8.0  # of an entry of a gene's embedding, in standard deviations over genes
@@ -113,8 +113,14 @@ class DifferentiableTransformerDenoiser(Operator):
     def __call__(
         self, counts: Float[Array, "cells genes"], mask: Bool[Array, "cells genes"] | None = None
     ) -> Denoised:
-        """Denoises all counts, or fills in those that `mask` says are missing."""
-        check_counts(counts, mask)
+        """Denoises all counts, or fills in those that `mask` says are missing.
+
+        Raises:
+            DataError: a count that is there is negative or missing, where values are known (not under jit).
+        """
+        if not isinstance(mask, jax.core.Tracer):
+            present = counts if mask is None else jnp.where(mask, 0.0, counts)
+            checked_counts("DifferentiableTransformerDenoiser", present, fix="say by `mask` which counts are missing")
         tables = self.network.tables()
         if mask is None:
 
@@ -260,27 +266,6 @@ class Rate(NamedTuple):
 
     log_rate: jax.Array
     log_theta: jax.Array | None  # None: the rate is known
-
-
-def check_counts(counts: jax.Array, mask: jax.Array | None) -> None:
-    """Whether counts that are there are finite and >= 0; under jit, where values are not known, it passes.
-
-    Raises:
-        DataError: naming the first that is not.
-    """
-    if isinstance(counts, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
-        return
-    values = np.asarray(counts)
-    bad = ~((values >= 0) & np.isfinite(values))
-    if mask is not None:
-        bad &= ~np.asarray(mask)
-    if bad.any():
-        cell, gene = np.argwhere(bad)[0]
-        msg = (
-            "DifferentiableTransformerDenoiser: data['counts'] must be finite and >= 0, "
-            f"but cell {cell} has {values[cell, gene]:g} at gene {gene}; say by `mask` which counts are missing."
-        )
-        raise DataError(msg)
 
 
 def _blocks(x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import pytest
 from scipy import sparse
 
 from diffbio import pl, pp
-from diffbio.errors import DataWarning, MissingKeyError
+from diffbio.errors import DataError, DataWarning, MissingKeyError
 
 
 @pytest.fixture
@@ -58,6 +58,14 @@ def test_mitochondrial_genes_by_column_and_by_a_prefix_that_is_not_there(adata):
     by_column = pp.quality(adata, mitochondrial="mt", learned=False, copy=True).obs["diffbio_mitochondrial_share"]
     by_prefix = pp.quality(adata, learned=False, copy=True).obs["diffbio_mitochondrial_share"]
     np.testing.assert_array_equal(by_column, by_prefix)
+    for marks in (adata.var["mt"].astype(int), adata.var["mt"].astype("boolean"), adata.var["mt"].astype("category")):
+        adata.var["mt"] = marks
+        again = pp.quality(adata, mitochondrial="mt", learned=False, copy=True).obs["diffbio_mitochondrial_share"]
+        np.testing.assert_array_equal(again, by_prefix)
+    for marks in (["True"] * 6 + ["False"] * 54, [2] * 60, [None] * 60, [np.nan] * 60):
+        adata.var["mt"] = marks
+        with pytest.raises(DataError, match=r"var\['mt'\] must mark"):
+            pp.quality(adata, mitochondrial="mt", learned=False)
     with pytest.raises(MissingKeyError, match="'mito-'"):
         pp.quality(adata, mitochondrial="mito-")
     adata.obs["diffbio_cell_weight"], adata.obs["diffbio_quality_pass"] = 1.0, True
@@ -68,3 +76,20 @@ def test_mitochondrial_genes_by_column_and_by_a_prefix_that_is_not_there(adata):
 def test_few_cells_keep_the_mad_thresholds(adata):
     with pytest.warns(DataWarning, match="too few to learn"):
         pp.quality(adata[:40].copy())
+
+
+@pytest.mark.filterwarnings("ignore:.*cells have no count")
+@pytest.mark.parametrize("learned", [False, True])
+def test_cells_without_counts_never_pass(adata, learned):
+    # shallow and widely spread, so that the lower threshold lies below 0
+    rng = np.random.default_rng(1)
+    depth = rng.lognormal(0, 1.5, (260, 1)) * (np.arange(260) >= 30)[:, None]
+    adata.X = sparse.csr_matrix(rng.poisson(depth * 0.3, (260, 60)).astype(np.float32))
+    total = np.asarray(adata.X.sum(axis=1)).ravel()
+    pp.quality(adata, learned=learned)
+    assert not adata.obs["diffbio_quality_pass"][total == 0].any()
+    assert not adata.obs["diffbio_cell_weight"][total == 0].any()
+    assert adata.obs["diffbio_quality_pass"][total > 0].mean() > 0.3
+    adata.obs["batch"] = np.where(total > 0, "full", "none")
+    with pytest.raises(DataError, match="no cell of batch 'none'"):
+        pp.quality(adata, batch_key="batch", learned=False)

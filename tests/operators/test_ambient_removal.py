@@ -111,3 +111,18 @@ def test_the_profile_comes_from_droplets_without_a_cell():
         np.testing.assert_allclose(profile, np.array([80, 40, 20]) / 140, rtol=1e-6)
     with pytest.raises(DataError, match="unfiltered"):
         DifferentiableAmbientRemoval.profile_from(droplets[3:])
+    for wrong in (-1.0, np.nan, 0.5):
+        droplets[1, 1] = wrong
+        for counts in (droplets, sparse.csr_array(droplets)):
+            with pytest.raises(DataError, match=f"whole numbers >= 0, but 1 entries do not, such as {wrong:g}"):
+                DifferentiableAmbientRemoval.profile_from(counts)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_counts_that_are_none_are_refused(wrong):
+    op, data = DifferentiableAmbientRemoval.examples()["whole"]
+    counts = np.array(data["counts"])
+    counts[5, 2] = wrong
+    for call in (op.apply, op.init_from):
+        with pytest.raises(DataError, match=r"DifferentiableAmbientRemoval: .* row 5, column 2"):
+            call({**data, "counts": counts})

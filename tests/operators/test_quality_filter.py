@@ -1,3 +1,5 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -5,7 +7,7 @@ from scipy.stats import median_abs_deviation
 from sklearn.metrics import f1_score
 
 import diffbio
-from diffbio.errors import MissingKeyError
+from diffbio.errors import DataError, MissingKeyError
 from diffbio.operators.singlecell import DifferentiableQualityFilter, QualityFilterConfig
 
 
@@ -97,6 +99,55 @@ def test_without_mitochondrial_genes_the_share_sets_no_limit():
     assert np.isfinite(op.objective(data)[0])
     with pytest.raises(MissingKeyError, match="library_size"):
         op.apply({"library_size": data["library_size"]})
+
+
+def test_empty_cells_have_no_weight_never_pass_and_do_not_move_thresholds():
+    data, _ = metrics(54, 6)
+    empty = np.arange(160) >= 60
+    more = {key: np.concatenate([value, np.zeros(100, np.float32)]) for key, value in data.items()}
+    alone, op = make(), make()
+    alone.init_from(data)
+    op.init_from(more)
+    out, expected = op.apply(more)[0], alone.apply(data)[0]
+    assert not np.asarray(out["passes"])[empty].any()
+    assert not np.asarray(out["cell_weights"])[empty].any()
+    np.testing.assert_allclose(out["thresholds"], expected["thresholds"], rtol=1e-6)
+    np.testing.assert_array_equal(out["passes"][:60], expected["passes"])
+    np.testing.assert_allclose(op.objective(more)[0], alone.objective(data)[0], rtol=1e-5)
+    for loss in (lambda d: op.apply(d)[0]["cell_weights"].sum(), lambda d: op.objective(d)[0]):
+        assert all(np.isfinite(g).all() for g in jax.grad(loss)({k: jnp.asarray(v) for k, v in more.items()}).values())
+
+
+def test_widely_spread_low_depth_lets_no_empty_cell_pass():
+    rng = np.random.default_rng(0)
+    total = rng.lognormal(1.5, 1.5, 200).round() * (np.arange(200) >= 20)
+    data = {"library_size": total, "detected_genes": np.minimum(total, 50)}
+    op = make()
+    op.init_from(data)
+    out = op.apply(data)[0]
+    assert float(out["thresholds"][0]) < 0  # the lower limit alone would let them in
+    np.testing.assert_array_equal(np.asarray(out["passes"])[total == 0], 0)
+
+
+def test_cells_without_any_count_set_no_threshold():
+    with pytest.raises(DataError, match="none of the cells has counts"):
+        make().init_from({"counts": np.zeros((4, 5), np.float32)})
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+@pytest.mark.parametrize("key", ["library_size", "detected_genes", "mitochondrial_share"])
+def test_metrics_that_are_none_are_refused(key, wrong):
+    data, _ = metrics(20, 0)
+    data[key][3] = wrong
+    op = make()
+    for call in (op.apply, op.init_from, op.for_training):
+        with pytest.raises(DataError, match=rf"DifferentiableQualityFilter: data\['{key}'\] .* row 3 holds"):
+            call(data)
+    counts = np.ones((4, 5), np.float32)
+    counts[2, 1] = wrong
+    for call in (op.apply, op.init_from, op.for_training):
+        with pytest.raises(DataError, match=r"data\['counts'\] .* row 2, column 1"):
+            call({"counts": counts})
 
 
 def test_a_metric_that_does_not_vary_sets_a_wide_limit():

@@ -120,3 +120,23 @@ def test_what_does_not_fit_is_named(counts):
         SoftHVGConfig(sigma=0.2)
     with pytest.raises(ConfigError, match="hard"):
         SoftHVGConfig(gates="stochastic", hard=True)
+    with pytest.raises(ConfigError, match="softness"):
+        SoftHVGConfig(gates="stochastic", softness=0.2)
+    assert SoftHVGConfig(gates="stochastic", softness=0.2, n_batches=2).softness == 0.2  # of the ranks
+    with pytest.raises(ConfigError, match="span"):
+        SoftHVGConfig(flavor="dispersion", span=0.5)
+    with pytest.raises(DataError, match="4 cells in 2 batches: none has the 3 cells"):
+        selector(n_batches=2).apply({"counts": counts[:4], "batch_labels": np.arange(4) % 2})
+
+
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_counts_that_are_none_are_refused(counts, wrong):
+    bad = counts.copy()
+    bad[7, 3] = wrong
+    for settings in ({}, {"gates": "stochastic"}, {"flavor": "dispersion"}):
+        with pytest.raises(DataError, match=r"SoftHVGSelector: .* row 7, column 3"):
+            selector(**settings).apply({"counts": bad})
+    with pytest.raises(DataError, match="row 7, column 3"):
+        selector(gates="stochastic").init_from({"counts": bad})
+    with pytest.raises(DataError, match=r"gene_weights.* row 0"):
+        selector().apply({"counts": counts, "gene_weights": np.full(120, wrong, np.float32)})

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from .. import slots
-from ..errors import DataWarning, MissingKeyError
+from ..errors import DataError, DataWarning, MissingKeyError
 from ..fitting import fit
 from ..operators.singlecell import DifferentiableQualityFilter, QualityFilterConfig
 from ..operators.singlecell.quality_filter import THRESHOLDS
@@ -36,12 +36,13 @@ def quality(
 ) -> None:
     """Weights cells by counts, detected genes and mitochondrial share (`DifferentiableQualityFilter`).
 
-    No cell is removed: `adata[adata.obs["diffbio_quality_pass"]]` are those within all thresholds.
+    No cell is removed: `adata[adata.obs["diffbio_quality_pass"]]` are those within all thresholds. Cells without counts
+    have weight 0 and do not pass.
 
     Args:
         adata: cells x genes, all genes of the experiment.
-        mitochondrial: how names of mitochondrial genes begin, in any case, or a column of `var` that marks them; None
-            does without.
+        mitochondrial: how names of mitochondrial genes begin, in any case, or a column of `var` that marks them by
+            True and False or 1 and 0; None does without.
         n_mads: where the thresholds of counts and genes start (and stay, if not learned), in median absolute
             deviations from the median, on a log scale.
         n_mads_mitochondrial: that of the mitochondrial share.
@@ -77,7 +78,10 @@ def quality(
         op = DifferentiableQualityFilter(
             QualityFilterConfig(n_mads=n_mads, n_mads_mitochondrial=n_mads_mitochondrial), rngs=nnx.Rngs(random_state)
         )
-        n = int(rows.sum())
+        n = int((cells["library_size"] > 0).sum())
+        if not n:
+            msg = f"pp.quality: no cell of batch {name!r} has counts, so that no threshold can be set; leave it out"
+            raise DataError(msg)
         if learned and n >= FEWEST:
             batch_size = int(op.fit_defaults["batch_size"])
             epochs = max(FEWEST_EPOCHS, STEPS // max(1, n // batch_size))
@@ -107,7 +111,16 @@ def _mitochondrial(adata: "AnnData", named: str | None) -> np.ndarray | None:
     if named is None:
         return None
     if named in adata.var:
-        return adata.var[named].to_numpy(dtype=bool)
+        marks = adata.var[named].tolist()
+        wrong = [m for m in marks if not (isinstance(m, bool | int | float | np.generic) and m in (0, 1))]
+        if wrong:
+            msg = (
+                f"pp.quality: var[{named!r}] must mark mitochondrial genes by True and False or 1 and 0, but "
+                f"{len(wrong)} of {len(marks)} entries do not, such as {wrong[0]!r}; convert the column, or pass a prefix "
+                "of gene names"
+            )
+            raise DataError(msg)
+        return np.asarray(marks, bool)
     found = adata.var_names.str.upper().str.startswith(named.upper())
     if not found.any():
         msg = (

@@ -21,7 +21,7 @@ from ...math.contamination import (
 from ...math.distributions import gaussian_kl
 from ...math.droplets import LOWER, soup_profile
 from ...nn.count_vae import Decoder, Encoder, Gaussian, GaussianSample, log_positive, moments
-from ..base import Config, Data, Operator, fraction, positive, setting
+from ..base import Config, Data, Operator, checked_counts, fraction, positive, setting
 
 SUM_TOLERANCE = 1e-3  # of the ambient profile: float32 sums of thousands of genes
 # start of theta: what cell types explain must not look like noise, in which the soup could hide
@@ -109,6 +109,7 @@ class DifferentiableAmbientRemoval(Operator):
         self, counts: Float[Array, "cells genes"], ambient_profile: Float[Array, " genes"]
     ) -> Decontaminated:
         """Splits every cell."""
+        counts = checked_counts("DifferentiableAmbientRemoval", counts)
         z = self.sample(self._encode(counts))
         sources = self._sources(z, counts, ambient_profile)
         native, log_theta, ambient = sources.rates
@@ -136,7 +137,8 @@ class DifferentiableAmbientRemoval(Operator):
 
     def init_from(self, data: Data) -> None:
         """Starts the native profile at the mean counts less the ambient ones that the prior expects."""
-        counts = np.asarray(data["counts"])
+        counts = checked_counts("DifferentiableAmbientRemoval", np.asarray(data["counts"]))
+        check_profile(np.asarray(data["ambient_profile"]))
         observed, _ = moments(counts, counts.sum(-1))
         native = observed - self.config.ambient_prior * np.asarray(data["ambient_profile"])
         native = np.maximum(native, 0.05 * observed)  # no gene starts switched off
@@ -150,8 +152,16 @@ class DifferentiableAmbientRemoval(Operator):
         that hold a cell; `diffbio.pp.call_cells` does both for an AnnData.
 
         Raises:
-            DataError: there are no droplets of so few counts.
+            DataError: there are no droplets of so few counts, or entries that are no counts of molecules.
         """
+        entries = droplets.data if hasattr(droplets, "tocsr") else np.asarray(droplets)
+        wrong = ~(np.isfinite(entries) & (entries >= 0) & (np.floor(entries) == entries))
+        if wrong.any():
+            msg = (
+                f"DifferentiableAmbientRemoval.profile_from: droplets must hold whole numbers >= 0, but {wrong.sum()} "
+                f"entries do not, such as {float(entries[wrong][0]):g}; pass the raw counts of all droplets."
+            )
+            raise DataError(msg)
         counts, _ = soup_profile(droplets, np.asarray(droplets.sum(axis=1)).ravel(), lower=lower)
         return (counts / counts.sum()).astype(np.float32)
 
@@ -197,7 +207,7 @@ class Sources(NamedTuple):
     kl: jax.Array  # of rho's posterior from its prior, (cells,)
 
 
-def check_profile(profile: jax.Array) -> None:
+def check_profile(profile: jax.Array | np.ndarray) -> None:
     """Whether an ambient profile is one; under jit, where values are not known, it passes.
 
     Raises:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ...errors import MissingKeyError
+from ...errors import DataError, MissingKeyError
 from ...math.soft import log_gate, median_and_mad
-from ..base import Config, Data, Operator, positive
+from ..base import Config, Data, Operator, checked_counts, positive
 
 SEEN = 0.5  # a gene is detected from half a count on: the usual rule for counts, and no jump at 0
 LEAST_LOSS = 0.7  # log of the factor that a damaged cell has lost of its cytoplasm, at least: half
@@ -40,8 +40,8 @@ class QualityFilterConfig(Config):
 class CellQuality(TypedDict):
     """What `DifferentiableQualityFilter` adds."""
 
-    cell_weights: Float[Array, " cells"]  # in [0, 1], near 1 for intact cells
-    passes: Int[Array, " cells"]  # 1 where all metrics lie within the thresholds
+    cell_weights: Float[Array, " cells"]  # in [0, 1], near 1 for intact cells, 0 without counts
+    passes: Int[Array, " cells"]  # 1 where there are counts and all metrics lie within the thresholds
     log_counts: Float[Array, " cells"]  # log(1 + counts)
     log_genes: Float[Array, " cells"]  # log(1 + detected genes)
     mitochondrial_fraction: Float[Array, " cells"]  # 0 where nothing is known
@@ -54,7 +54,8 @@ class DifferentiableQualityFilter(Operator):
     w_i = Π_m sigmoid(slope_m (z_im - location_m)), two-sided for log counts and log genes, one-sided for the share of
     mitochondrial counts. `init_from` puts the locations at n_mads median absolute deviations from the median, which
     is the outlier rule of Germain et al. 2020 and of the single-cell best practices (Heumos et al. 2023); as slopes
-    grow the weights become that filter. `passes` is the filter itself.
+    grow the weights become that filter. `passes` is the filter itself. A cell without counts is no cell: it has
+    weight 0, never passes, and has no part in medians or training.
 
     `objective` learns locations and slopes from what damage does: the membrane breaks, cytoplasmic RNA leaks, and
     that of mitochondria stays. Intact cells have (log cytoplasmic, log mitochondrial) counts normal about a mean with
@@ -105,14 +106,15 @@ class DifferentiableQualityFilter(Operator):
 
         Raises:
             MissingKeyError: neither counts nor library_size and detected_genes.
+            DataError: values that are negative or not finite.
         """
         metrics, known = self._metrics(counts, mitochondrial_genes, library_size, detected_genes, mitochondrial_share)
         z = self._in_mads(metrics)
         margins = self._margins(z, known=known)
         about, scale = (v.astype(metrics.dtype)[jnp.array(METRIC_OF)] for v in (self.median[...], self._scale()))
         return {
-            "cell_weights": jnp.exp(self._log_weight(margins)),
-            "passes": (margins >= 0).all(axis=1).astype(int),
+            "cell_weights": jnp.where(_holds_counts(metrics), jnp.exp(self._log_weight(margins)), 0.0),
+            "passes": ((margins >= 0).all(axis=1) & _holds_counts(metrics)).astype(int),
             "log_counts": metrics[:, 0],
             "log_genes": metrics[:, 1],
             "mitochondrial_fraction": metrics[:, 2],
@@ -120,9 +122,16 @@ class DifferentiableQualityFilter(Operator):
         }
 
     def init_from(self, data: Data) -> None:
-        """Thresholds at the median and MADs of these cells, and the intact component at their middle."""
-        inputs = {key: jnp.asarray(value) for key, value in self._inputs(data).items()}
-        metrics, _ = self._metrics(**inputs)
+        """Thresholds at the median and MADs of the cells with counts, and the intact component at their middle.
+
+        Raises:
+            DataError: no cell has counts, or values are negative or not finite.
+        """
+        metrics, _ = self._metrics(**self._inputs(data))
+        metrics = metrics[np.asarray(_holds_counts(metrics))]
+        if not len(metrics):
+            msg = f"{type(self).__name__}: none of the cells has counts, so that no threshold can be set."
+            raise DataError(msg)
         found = [median_and_mad(metrics[:, k]) for k in range(3)]
         self.median[...] = jnp.stack([m for m, _ in found])
         self.mad[...] = jnp.stack([d for _, d in found])
@@ -132,21 +141,22 @@ class DifferentiableQualityFilter(Operator):
         self.intact[...] = jnp.array([c, m, log_sd[0], log_sd[1] - 0.15, 0.5 * jnp.exp(log_sd[1] - log_sd[0])])
 
     def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:
-        """Negative evidence lower bound per cell of the mixture of intact and damaged cells; see the class."""
+        """Negative evidence lower bound per cell with counts of the mixture of intact and damaged; see the class."""
         metrics, known = self._metrics(**self._inputs(data))
         log_weight = self._log_weight(self._margins(self._in_mads(metrics), known=known))
         log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_weight, -SURELY)))
         log_intact, log_damaged = self._mixture(self._leaked(metrics), known=known)
         weight = jnp.exp(log_weight)
         bound = weight * (log_intact - log_weight) + (1 - weight) * (log_damaged - log_rest)
-        return -bound.mean(), {"intact_cells": weight.mean()}
+        some = _holds_counts(metrics)
+        n = jnp.maximum(some.sum(), 1)
+        return -jnp.where(some, bound, 0.0).sum() / n, {"intact_cells": jnp.where(some, weight, 0.0).sum() / n}
 
     def for_training(self, data: Data) -> Data:
         """Metrics in place of the counts: an epoch then costs the number of cells only."""
+        metrics, known = self._metrics(**self._inputs(data))
         if "counts" not in data:
             return data
-        inputs = self._inputs(data)
-        metrics, known = self._metrics(**inputs)
         given = {"library_size": jnp.expm1(metrics[:, 0]), "detected_genes": jnp.expm1(metrics[:, 1])}
         given |= {"mitochondrial_share": metrics[:, 2]} if known else {}
         return {key: np.asarray(value) for key, value in given.items()}
@@ -164,6 +174,17 @@ class DifferentiableQualityFilter(Operator):
             msg = "DifferentiableQualityFilter needs data['counts'], or data['library_size'] and "
             msg += "data['detected_genes']."
             raise MissingKeyError(msg)
+        who, fix = type(self).__name__, "leave such cells out or compute it from raw counts"
+        if counts is not None:
+            checked_counts(who, counts)
+        for key, values in (
+            ("mitochondrial_genes", mitochondrial_genes),
+            ("library_size", library_size),
+            ("detected_genes", detected_genes),
+            ("mitochondrial_share", mitochondrial_share),
+        ):
+            if values is not None:
+                checked_counts(who, values, key=key, fix=fix)
         if library_size is None:
             assert counts is not None
             library_size = counts.sum(axis=1)
@@ -248,3 +269,7 @@ class DifferentiableQualityFilter(Operator):
             "counts": (cls(wide, rngs=nnx.Rngs(0)), {"counts": counts, "mitochondrial_genes": genes}),
             "metrics": (started, metrics),
         }
+
+
+def _holds_counts(metrics: Float[Array, "cells metrics"]) -> Bool[Array, " cells"]:
+    return metrics[:, 0] > 0

@@ -11,12 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...errors import ConfigError, DataError, MissingKeyError
-from ...math.soft import hard_rank, soft_rank, soft_top_k, straight_through, top_k_mask
+from ...math.soft import hard_rank, soft_rank, soft_top_k, stochastic_gate, straight_through, top_k_mask
 from ...math.variance_trend import standardized_variance
-from ..base import Config, Data, Operator, one_of, positive, setting
+from ..base import Config, Data, Operator, checked_counts, one_of, positive, setting
 
 SMALLEST = 1e-6  # score below which genes are told apart no more
 FEWEST = 3  # cells of a batch that votes
+SPAN, SOFTNESS = 0.3, 0.1
 SIGMA = 0.5  # noise of the stochastic gates, as in Yamada et al. 2020
 
 
@@ -25,13 +26,13 @@ class SoftHVGConfig(Config):
     """Settings of `SoftHVGSelector`.
 
     n_genes: width of the counts.
-    n_top_genes: how many genes the gates add up to; all of them where there are fewer.
+    n_top_genes: how many genes the top-k gates add up to, and stochastic ones start with; all where there are fewer.
     n_batches: of `batch_labels`.
     flavor: "seurat_v3" scores a gene by its variance over that which a loess expects of its mean; "dispersion" by
         variance over mean.
-    span: fraction of the genes in each window of the loess.
+    span: fraction of the genes in each window of the loess of "seurat_v3".
     softness: width of the border between chosen and left out, relative to the score (with batches, to the rank); 0+
-        is the hard choice.
+        is the hard choice. Stochastic gates have it only in the ranks of batches.
     hard: gates of exactly 0 and 1, with the gradient of the soft ones.
     gates: "top_k" gates follow from the scores; "stochastic" are weights of their own with noise in training.
     sigma: sd of the noise of stochastic gates in training.
@@ -41,8 +42,8 @@ class SoftHVGConfig(Config):
     n_top_genes: int = positive(2000)
     n_batches: int = positive(1)
     flavor: str = one_of("seurat_v3", "dispersion")
-    span: float = setting(0.3, "in (0, 1]", lambda v: 0 < v <= 1)
-    softness: float = positive(0.1)
+    span: float = setting(SPAN, "in (0, 1]", lambda v: 0 < v <= 1)
+    softness: float = positive(SOFTNESS)
     hard: bool = False
     gates: str = one_of("top_k", "stochastic")
     sigma: float = positive(SIGMA)
@@ -55,28 +56,37 @@ class SoftHVGConfig(Config):
         if self.gates == "stochastic" and self.hard:
             msg = "SoftHVGConfig.hard is for gates='top_k'; stochastic gates reach 0 and 1 by training."
             raise ConfigError(msg)
+        if self.gates == "stochastic" and self.softness != SOFTNESS and self.n_batches == 1:
+            msg = f"SoftHVGConfig.softness is for gates='top_k' or batches; it is {self.softness} with stochastic "
+            msg += "gates of one batch."
+            raise ConfigError(msg)
+        if self.flavor == "dispersion" and self.span != SPAN:
+            msg = f"SoftHVGConfig.span is for flavor='seurat_v3'; it is {self.span} with flavor='dispersion'."
+            raise ConfigError(msg)
 
 
 class VariableGenes(TypedDict):
     """What `SoftHVGSelector` adds."""
 
-    hvg_weights: Float[Array, " genes"]  # gate of each gene, in [0, 1]; they sum to n_top_genes
-    hvg_scores: Float[Array, " genes"]  # standardised variance, mean over batches
+    hvg_weights: Float[Array, " genes"]  # gate of each gene, in [0, 1]; top-k gates sum to n_top_genes
+    # standardised variance, or variance over mean for "dispersion"; mean over batches that vote, times gene_weights
+    hvg_scores: Float[Array, " genes"]
 
 
 class SoftHVGSelector(Operator):
-    """Gates the genes of largest standardised variance, n_top_genes in sum; Seurat v3's choice as softness -> 0.
+    """Gates the most variable genes, n_top_genes in sum; Seurat v3's choice as softness -> 0.
 
-    Scores are those of Stuart et al. 2019 (`math.variance_trend`), and gates sigmoid((log score_i - t) / softness)
-    with t such that they sum to n_top_genes. With batches, a gene is placed by the median of its ranks over the
-    batches in which it is among the top ones, then by the number of those, as in Seurat and scanpy; ranks are smooth
-    (`math.soft.soft_rank`). `hard=True` picks the genes of `scanpy.pp.highly_variable_genes(flavor="seurat_v3")`; equal
-    genes, which scanpy's sort leaves in no order, are taken from the left.
+    Scores are the standardised variances of Stuart et al. 2019 (`math.variance_trend`) or dispersions (see `flavor`),
+    and gates sigmoid((log score_i - t) / softness) with t such that they sum to n_top_genes. With batches, a gene is
+    placed by the median of its ranks over the batches in which it is among the top ones, then by the number of those,
+    as in Seurat and scanpy; ranks are smooth (`math.soft.soft_rank`). Batches of fewer than 3 cells do not vote.
+    `hard=True` picks the genes of `scanpy.pp.highly_variable_genes(flavor="seurat_v3")`; equal genes, which scanpy's
+    sort leaves in no order, are taken from the left.
 
     With gates="stochastic" each gene has a weight mu; its gate is clip(mu + sigma noise, 0, 1) in training and
     clip(mu, 0, 1) otherwise (STG, Yamada et al. 2020), so that a task can decide about the genes. `objective` is the
     price of the expected number of open gates at the score of the last gene that belongs to the top ones: its
-    optimum opens those.
+    optimum opens those. These gates do not sum to anything given.
     """
 
     config: SoftHVGConfig
@@ -98,7 +108,13 @@ class SoftHVGSelector(Operator):
         batch_labels: Int[Array, " cells"] | None = None,
         gene_weights: Float[Array, " genes"] | None = None,
     ) -> VariableGenes:
-        """gene_weights: factors of the scores before genes are ranked: above 1 favours a gene; None is 1."""
+        """gene_weights: factors of the scores before genes are ranked: above 1 favours a gene; None is 1.
+
+        Raises:
+            DataError: counts or weights that are negative or not finite, labels out of range, or fewer than 3 cells in
+                every batch; under jit, where values are not known, they pass.
+            MissingKeyError: n_batches > 1 without batch_labels.
+        """
         scores, place = self._scores_and_places(counts, batch_labels, gene_weights)
         return {"hvg_weights": self._gates(place), "hvg_scores": scores}
 
@@ -125,15 +141,13 @@ class SoftHVGSelector(Operator):
         top = self._n_top()
         ordered = jnp.sort(place)[::-1]
         border = (ordered[top - 1] + ordered[min(top, len(ordered) - 1)]) / 2
-        is_open = jax.scipy.stats.norm.cdf(self.mu[...].astype(place.dtype) / self.config.sigma)
+        _, is_open = stochastic_gate(self.mu[...].astype(place.dtype), self.config.sigma)
         return (is_open * (border - place)).sum() / top, {"open_gates": is_open.sum()}
 
     def _gates(self, place: Float[Array, " genes"]) -> Float[Array, " genes"]:
         if self.mu is not None:
-            mu = self.mu[...].astype(place.dtype)
-            if self.training:
-                mu = mu + self.config.sigma * jax.random.normal(self.noise.noise(), mu.shape, mu.dtype)
-            return jnp.clip(mu, 0.0, 1.0)
+            key = self.noise.noise() if self.training else None
+            return stochastic_gate(self.mu[...].astype(place.dtype), self.config.sigma, key)[0]
         soft = soft_top_k(place, self._n_top(), self.config.softness)
         return straight_through(top_k_mask(place, self._n_top()), soft) if self.config.hard else soft
 
@@ -144,6 +158,9 @@ class SoftHVGSelector(Operator):
         if counts.shape[0] < FEWEST:
             msg = f"SoftHVGSelector: data['counts'] has {counts.shape[0]} cells; variable genes need {FEWEST}."
             raise DataError(msg)
+        counts = checked_counts("SoftHVGSelector", counts)
+        if gene_weights is not None:
+            checked_counts("SoftHVGSelector", gene_weights, key="gene_weights", fix="pass 0 to leave a gene out")
         factor = jnp.ones(counts.shape[1], counts.dtype) if gene_weights is None else gene_weights
         self._check_labels(batch_labels)
         if batch_labels is None or self.config.n_batches == 1:
@@ -198,6 +215,11 @@ class SoftHVGSelector(Operator):
                 wrong = highest if highest >= n_batches else lowest
                 msg = f"SoftHVGSelector: data['batch_labels'] holds {wrong}, but n_batches is {n_batches}; number the "
                 msg += f"batches from 0 and pass n_batches={max(highest, 0) + 1}."
+                raise DataError(msg)
+            sizes = np.bincount(labels, minlength=n_batches)
+            if sizes.max() < FEWEST:
+                msg = f"SoftHVGSelector: {len(labels)} cells in {np.count_nonzero(sizes)} batches: none has "
+                msg += f"the {FEWEST} cells needed to find variable genes; merge batches."
                 raise DataError(msg)
 
     def _n_top(self) -> int:

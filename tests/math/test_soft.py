@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import median_abs_deviation, rankdata
+from scipy.stats import median_abs_deviation, norm, rankdata
 
 from diffbio.math.soft import (
     hard_rank,
@@ -10,6 +10,7 @@ from diffbio.math.soft import (
     median_and_mad,
     soft_rank,
     soft_top_k,
+    stochastic_gate,
     straight_through,
     top_k_mask,
 )
@@ -76,3 +77,12 @@ def test_a_gate_far_below_its_location_keeps_a_gradient():
 def test_median_and_spread_equal_scipys(scores):
     median, mad = median_and_mad(scores)
     np.testing.assert_allclose([median, mad], [np.median(scores), median_abs_deviation(scores)], rtol=1e-6)
+
+
+def test_stochastic_gates_are_open_as_often_as_they_say():
+    mu = jnp.array([-0.7, 0.0, 0.5, 2.0])
+    gates, is_open = stochastic_gate(mu, 0.5)
+    np.testing.assert_array_equal(gates, [0.0, 0.0, 0.5, 1.0])
+    np.testing.assert_allclose(is_open, norm.cdf(np.asarray(mu) / 0.5), rtol=1e-5)
+    noisy, _ = stochastic_gate(jnp.repeat(mu[:, None], 20_000, axis=1).ravel(), 0.5, jax.random.key(0))
+    np.testing.assert_allclose((noisy.reshape(4, -1) > 0).mean(axis=1), is_open, atol=0.01)

@@ -7,7 +7,7 @@ from anndata import AnnData
 from flax import nnx
 
 import diffbio
-from diffbio.errors import ConfigError
+from diffbio.errors import ConfigError, DataError
 from diffbio.operators.normalization import LibrarySizeConfig, LibrarySizeNormalizer
 
 
@@ -126,3 +126,21 @@ def test_settings_that_would_do_nothing_are_refused():
     for wrong in ({"theta": 5.0}, pearson, {"log": False, "learnable": True}):
         with pytest.raises(ConfigError):
             LibrarySizeConfig(**wrong)
+    for name in ("target_sum", "pseudocount"):
+        with pytest.raises(ConfigError, match=f"{name} is for method='shifted_log'"):
+            LibrarySizeConfig(method="pearson_residuals", **{name: 0.5})
+    with pytest.raises(ConfigError, match="pseudocount is for log=True"):
+        LibrarySizeConfig(log=False, pseudocount=0.5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "pearson_residuals"}, {"learnable": True}, {"log": False}])
+@pytest.mark.parametrize("wrong", [-1.0, np.nan])
+def test_counts_that_are_none_are_refused(counts, settings, wrong):
+    counts = np.array(counts, np.float32)
+    counts[3, 2] = wrong
+    op = LibrarySizeNormalizer(LibrarySizeConfig(**settings), rngs=nnx.Rngs(0))
+    with pytest.raises(DataError, match=r"LibrarySizeNormalizer: data\['counts'\] .* row 3, column 2"):
+        op.apply({"counts": counts})
+    for key, width in (("library_size", len(counts)), ("gene_share", counts.shape[1])):
+        with pytest.raises(DataError, match=rf"data\['{key}'\] .* row 0"):
+            op.apply({"counts": np.ones_like(counts), key: np.full(width, wrong, np.float32)})

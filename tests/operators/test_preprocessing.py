@@ -164,6 +164,59 @@ def test_components_are_kept_until_they_cover_the_variance():
     assert (np.asarray(gates) > 0.5).sum() in (above_average.sum(), above_average.sum() + 1)
 
 
+def test_the_start_of_the_component_gates_is_no_identity():
+    scores = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    op = make(SoftComponentSelection, SoftComponentConfig(coverage=0.75))
+    gates = np.asarray(op.apply({"projection": scores})[0]["component_gates"])
+    assert gates[0] > 0.999
+    assert abs(gates[3] - 0.5) < 0.2  # three quarters lie before it
+
+
+def test_a_projection_starts_at_given_loadings(features, expected):
+    config = ProjectionConfig(n_features=20, n_components=5)
+    op = make(LearnableProjection, config, init_loadings=expected[1])
+    out = op.apply({"features": features - features.mean(axis=0)})[0]["projection"]
+    np.testing.assert_allclose(out, expected[0], atol=2e-3)
+    with pytest.raises(ConfigError, match=r"init_loadings must have the shape \(5, 20\)"):
+        make(LearnableProjection, config, init_loadings=expected[1].T)
+
+
+def test_as_many_components_as_cells_leave_the_last_without_variance(features):
+    out = make(DifferentiablePCA, PCAConfig(n_components=6)).apply({"features": features[:6]})[0]
+    rows = np.asarray(out["pca_components"])
+    np.testing.assert_allclose(rows[:5] @ rows[:5].T, np.eye(5), atol=1e-4)
+    np.testing.assert_allclose(out["explained_variance"][5], 0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "key"),
+    [
+        (DifferentiableScaler, ScalerConfig(), "features"),
+        (DifferentiablePCA, PCAConfig(n_components=2), "features"),
+        (MatrixFreePCA, MatrixFreePCAConfig(n_components=2), "features"),
+        (LearnableProjection, ProjectionConfig(n_features=20, n_components=2), "features"),
+        (LearnableOrthogonalProjection, ProjectionConfig(n_features=20, n_components=2), "features"),
+        (SoftComponentSelection, SoftComponentConfig(), "projection"),
+        (StochasticGateSelector, StochasticGateConfig(n_genes=20), "features"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(cls, config, key, features):
+    wrong = features[:10].copy()
+    wrong[4, 1] = np.nan
+    op = make(cls, config)
+    with pytest.raises(DataError, match=rf"{cls.__name__}: data\['{key}'\] must be finite, but row 4, column 1"):
+        op.apply({key: wrong})
+    if hasattr(op, "init_from"):
+        with pytest.raises(DataError, match="row 4, column 1"):
+            op.init_from({key: wrong})
+    assert np.isfinite(op.apply({key: features[:10]})[0][next(iter(op.provides))]).all()
+
+
+def test_gates_are_given_or_start_at_mu_init():
+    with pytest.raises(ConfigError, match=r"mu_init is 0\.3, but init_gate"):
+        make(StochasticGateSelector, StochasticGateConfig(n_genes=4, mu_init=0.3), init_gate=np.ones(4))
+
+
 def test_gates_are_clipped_means_and_the_penalty_counts_open_ones(features):
     mask = (np.arange(20) % 3 == 0).astype(np.float32)
     op = make(StochasticGateSelector, StochasticGateConfig(n_genes=20), init_gate=mask)

@@ -106,3 +106,11 @@ def test_the_latent_space_need_not_know_the_batch():
         shift = centre[0] - centre[1]
         scores.append(np.linalg.norm(shift) / np.linalg.norm(z.std(0)))
     assert scores[1] < 0.5 * scores[0]
+
+
+def test_negative_counts_are_refused():
+    counts = np.full((6, 40), 2.0, np.float32)
+    counts[2, 1] = -1.0
+    for call in (make().apply, make().init_from):
+        with pytest.raises(DataError, match=r"VAENormalizer: .* row 2, column 1 holds -1"):
+            call({"counts": counts})

@@ -1,4 +1,4 @@
-"""Decisions made smooth: gates that sum to k, windows between two limits, medians and their spread."""
+"""Decisions made smooth: gates that sum to k or open by chance, ranks, medians and their spread."""
 
 import functools
 
@@ -86,6 +86,17 @@ def hard_rank(scores: Float[Array, " items"]) -> Int[Array, " items"]:
 def log_gate(value: Array, location: Array, slope: Array) -> Array:
     """The log of sigmoid(slope (value - location)): 0 far above the location, a straight line far below."""
     return jax.nn.log_sigmoid(slope * (value - location))
+
+
+def stochastic_gate(
+    mu: Float[Array, " items"], sigma: float | Array, key: Array | None = None
+) -> tuple[Float[Array, " items"], Float[Array, " items"]]:
+    """Gates clip(mu + sigma noise, 0, 1) and their probabilities of being open, Phi(mu / sigma).
+
+    Yamada et al. 2020, Feature selection using stochastic gates, eq. 4-6. Without a key there is no noise in the gates.
+    """
+    noisy = mu if key is None else mu + sigma * jax.random.normal(key, mu.shape, mu.dtype)
+    return jnp.clip(noisy, 0.0, 1.0), jax.scipy.stats.norm.cdf(mu / sigma)
 
 
 def median_and_mad(values: Float[Array, " items"]) -> tuple[Array, Array]:

@@ -116,7 +116,7 @@ def _mitochondrial(adata: "AnnData", named: str | None) -> np.ndarray | None:
         if wrong:
             msg = (
                 f"pp.quality: var[{named!r}] must mark mitochondrial genes by True and False or 1 and 0, but "
-                f"{len(wrong)} of {len(marks)} entries do not, such as {wrong[0]!r}; convert the column, or pass a prefix "
+                f"{len(wrong)} of {len(marks)} entries do not, such as {wrong[0]!r}; convert it, or pass a prefix "
                 "of gene names"
             )
             raise DataError(msg)

@@ -10,7 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..base import Config, Data, Operator, nonnegative, positive
+from ...errors import ConfigError
+from ...math.soft import stochastic_gate
+from ..base import Config, Data, Operator, checked_finite, nonnegative, positive
+
+UNDECIDED = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,13 +23,13 @@ class StochasticGateConfig(Config):
 
     n_genes: width of `features`.
     sigma: sd of the noise in training.
-    mu_init: where all gates start; 0.5 is undecided.
+    mu_init: where all gates start, unless `init_gate` says it for each; 0.5 is undecided.
     l0_lambda: weight of the expected share of open gates in `objective`.
     """
 
     n_genes: int = positive(2000)
     sigma: float = positive(0.5)
-    mu_init: float = 0.5
+    mu_init: float = UNDECIDED
     l0_lambda: float = nonnegative(1.0)
 
 
@@ -52,7 +56,14 @@ class StochasticGateSelector(Operator):
     def __init__(
         self, config: StochasticGateConfig, *, rngs: nnx.Rngs, init_gate: np.ndarray | Array | None = None
     ) -> None:
-        """init_gate: gates (genes,) in [0, 1] to start from, such as a choice of genes; None is mu_init for all."""
+        """init_gate: gates (genes,) in [0, 1] to start from, such as a choice of genes; None is mu_init for all.
+
+        Raises:
+            ConfigError: both mu_init and init_gate are given.
+        """
+        if init_gate is not None and config.mu_init != UNDECIDED:
+            msg = f"StochasticGateConfig.mu_init is {config.mu_init}, but init_gate says where gates start; give one."
+            raise ConfigError(msg)
         self.config = config
         start = jnp.full(config.n_genes, config.mu_init) if init_gate is None else jnp.asarray(init_gate, jnp.float32)
         self.mu = nnx.Param(jnp.broadcast_to(start, (config.n_genes,)))
@@ -61,12 +72,9 @@ class StochasticGateSelector(Operator):
 
     def __call__(self, features: Float[Array, "cells genes"]) -> GatedGenes:
         """Gated features, the gates, and the expected number of open ones."""
-        mu = self.mu[...].astype(features.dtype)
-        noisy = mu
-        if self.training:
-            noisy = mu + self.config.sigma * jax.random.normal(self.noise.noise(), mu.shape, mu.dtype)
-        gate = jnp.clip(noisy, 0.0, 1.0)
-        is_open = jax.scipy.stats.norm.cdf(mu / self.config.sigma)
+        features = checked_finite("StochasticGateSelector", features, key="features")
+        key = self.noise.noise() if self.training else None
+        gate, is_open = stochastic_gate(self.mu[...].astype(features.dtype), self.config.sigma, key)
         return {"gated": features * gate, "gate": gate, "l0_penalty": is_open.sum()}
 
     def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:

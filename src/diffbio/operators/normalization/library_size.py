@@ -11,26 +11,27 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ...errors import ConfigError
-from ..base import Config, Data, Operator, one_of, positive
+from ..base import Config, Data, Operator, checked_counts, one_of, positive
 
 THETA = 100.0  # Lause et al. 2021
+PSEUDOCOUNT = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LibrarySizeConfig(Config):
     """Settings of LibrarySizeNormalizer.
 
-    target_sum: total of each cell after scaling; 1e6 gives counts per million.
-    pseudocount: below this scaled count the log is nearly linear; 1 is scanpy's log1p.
+    target_sum: of the shifted logarithm: total of each cell after scaling; 1e6 gives counts per million.
+    pseudocount: of the logarithm: below this scaled count it is nearly linear; 1 is scanpy's log1p.
     log: whether to take the logarithm.
     method: "shifted_log" is the logarithm of scaled counts (log CPM with target_sum 1e6), "pearson_residuals" the
         analytic residuals of a negative binomial.
-    theta: its inverse overdispersion.
+    theta: of the residuals: inverse overdispersion.
     learnable: makes the exponent of the library size and the pseudocount weights to train.
     """
 
     target_sum: float = positive(1e4)
-    pseudocount: float = positive(1.0)
+    pseudocount: float = positive(PSEUDOCOUNT)
     log: bool = True
     method: str = one_of("shifted_log", "pearson_residuals")
     theta: float = positive(THETA)
@@ -41,12 +42,17 @@ class LibrarySizeConfig(Config):
         if self.method == "shifted_log" and self.theta != THETA:
             msg = f"LibrarySizeConfig.theta is for method='pearson_residuals'; it is {self.theta} without."
             raise ConfigError(msg)
-        if self.method != "shifted_log" and (self.learnable or not self.log):
-            name = "learnable" if self.learnable else "log"
-            msg = f"LibrarySizeConfig.{name} is for method='shifted_log'; Pearson residuals have no such part."
-            raise ConfigError(msg)
+        if self.method != "shifted_log":
+            for f in dataclasses.fields(self):
+                if f.name not in ("method", "theta") and getattr(self, f.name) != f.default:
+                    msg = f"LibrarySizeConfig.{f.name} is for method='shifted_log'; Pearson residuals have no such "
+                    msg += f"part, and it is {getattr(self, f.name)}."
+                    raise ConfigError(msg)
         if self.learnable and not self.log:
             msg = "LibrarySizeConfig.log must be True with learnable=True: the pseudocount is inside the logarithm."
+            raise ConfigError(msg)
+        if self.pseudocount != PSEUDOCOUNT and not self.log:
+            msg = f"LibrarySizeConfig.pseudocount is for log=True; it is {self.pseudocount} with log=False."
             raise ConfigError(msg)
 
 
@@ -64,9 +70,10 @@ class LibrarySizeNormalizer(Operator):
     counts stays zero. Pearson residuals are (x - mu) / sqrt(mu + mu² / theta), clipped at ±sqrt(cells), with mu the
     cell's total times the gene's share of all counts (Lause, Berens & Kobak 2021, eq. 4 and 5).
 
-    learnable=True makes a and log p weights that start there. a = 0 leaves the depth in. `objective` asks for the two
-    things that a transformation is for (Ahlmann-Eltze & Huber 2023): values that do not follow the depth, and a
-    variance that does not follow the mean.
+    learnable=True makes a and log p weights that start at a = 1 and the setting's p: scanpy's normalisation before
+    training, for a task behind it or `diffbio.fit` to move (a learnable normalisation with two parameters). a = 0
+    leaves the depth in. `objective` asks for the two things that a transformation is for (Ahlmann-Eltze & Huber 2023):
+    values that do not follow the depth, and a variance that does not follow the mean.
     """
 
     config: LibrarySizeConfig
@@ -95,7 +102,16 @@ class LibrarySizeNormalizer(Operator):
             library_size: total of each cell over all its genes, where `counts` hold a part; else their sum.
             gene_share: of Pearson residuals: share of each gene in all counts, where `counts` hold a part of the
                 cells; else theirs.
+
+        Raises:
+            DataError: counts, totals or shares that are negative or not finite.
         """
+        who = "LibrarySizeNormalizer"
+        counts = checked_counts(who, counts)
+        if library_size is not None:
+            library_size = checked_counts(who, library_size, key="library_size", fix="pass sums of raw counts")
+        if gene_share is not None:
+            gene_share = checked_counts(who, gene_share, key="gene_share", fix="pass fractions of all counts")
         total = counts.sum(axis=1) if library_size is None else library_size.astype(counts.dtype)
         if self.config.method == "pearson_residuals":
             return {"normalized": _residuals(counts, total, gene_share, self.config.theta)}

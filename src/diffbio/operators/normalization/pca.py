@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ...errors import DataError
 from ...math.principal import bounded_eigh, principal_components
-from ..base import Config, Data, Operator, nonnegative, positive
+from ..base import Config, Data, Operator, checked_finite, nonnegative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,14 @@ class MatrixFreePCAConfig(Config):
 
 
 class Components(TypedDict):
-    """What both add; the sign of each component is such that its largest loading is positive."""
+    """What both add; the sign of each component is such that its largest loading is positive.
+
+    n cells have n - 1 directions: with n_components = n, the last component has no variance.
+    """
 
     pca: Float[Array, "cells components"]  # scores of the cells
-    pca_components: Float[Array, "components features"]  # rows are orthonormal, largest variance first
+    # largest variance first; rows of components with variance are orthonormal, those without may be zero
+    pca_components: Float[Array, "components features"]
     explained_variance: Float[Array, " components"]  # of the scores, with n - 1
 
 
@@ -121,6 +125,7 @@ def _checked(features: Any, n_components: int, who: str) -> int:
             f"{features.shape[1]} features; pass n_components={most} or fewer."
         )
         raise DataError(msg)
+    checked_finite(who, features, key="features")
     return n_components
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ...errors import ConfigError, DataError
 from ...math.linalg import pca
-from ..base import Config, Data, Operator, positive, setting
+from ..base import Config, Data, Operator, checked_finite, positive, setting
 
 FIT: Mapping[str, Any] = {"batch_size": 512, "learning_rate": 1e-3, "max_epochs": 50}
 
@@ -69,9 +69,7 @@ class _FromPrincipalComponents(Operator):
                 f"{len(features)} cells; pass n_components={len(features)} or fewer."
             )
             raise DataError(msg)
-        if not np.isfinite(features).all():
-            msg = f"{type(self).__name__}: data['features'] holds NaN or infinity."
-            raise DataError(msg)
+        checked_finite(type(self).__name__, features, key="features")
         found = pca(features, self.config.n_components)
         self.mean[...] = jnp.asarray(found.mean)
         self._start(jnp.asarray(found.components))
@@ -90,6 +88,7 @@ class _FromPrincipalComponents(Operator):
         return error, {"variance_kept": 1 - error}
 
     def _project(self, features: Array) -> Array:
+        checked_finite(type(self).__name__, features, key="features")
         loadings = self._loadings().astype(features.dtype)
         return features @ loadings.T - self.mean[...].astype(features.dtype) @ loadings.T
 
@@ -109,9 +108,28 @@ class _FromPrincipalComponents(Operator):
 class LearnableProjection(_FromPrincipalComponents):
     """(x - mean) (anchor + delta)ᵀ + bias: the anchor is frozen at the PCA loadings, delta and bias start at 0.
 
-    `init_from` sets the anchor; the outputs are then the PCA scores to the last bit. Training moves delta and bias
+    `init_from` sets the anchor; the outputs are then the PCA scores up to rounding. Training moves delta and bias
     alone, so that a penalty on them measures the distance from PCA.
     """
+
+    def __init__(
+        self, config: ProjectionConfig, *, rngs: nnx.Rngs, init_loadings: np.ndarray | Array | None = None
+    ) -> None:
+        """init_loadings: anchor (components, features) to start at, such as those of a PCA made before; the mean is 0.
+
+        None is a random orthonormal one. `init_from`, and so `diffbio.fit`, replaces both.
+
+        Raises:
+            ConfigError: init_loadings has another shape.
+        """
+        super().__init__(config, rngs=rngs)
+        if init_loadings is not None:
+            expected = (config.n_components, config.n_features)
+            if np.shape(init_loadings) != expected:
+                msg = f"LearnableProjection: init_loadings must have the shape {expected} (components, features), "
+                msg += f"got {np.shape(init_loadings)}."
+                raise ConfigError(msg)
+            self._start(jnp.asarray(init_loadings, jnp.float32))
 
     def __call__(self, features: Float[Array, "cells features"]) -> Projected:
         """Coordinates of the cells."""
@@ -168,9 +186,11 @@ class SoftComponentSelection(Operator):
     """Keeps the leading components that together cover a learnable share of the variance.
 
     Component i has gate sigmoid((coverage - c_i) / temperature), with c_i the share of variance of the components
-    before it: as the temperature goes to 0, the fewest components that reach the coverage. `objective` is the share
-    of variance lost plus gates / components: a component is worth its place while it holds more than the average
-    (Kaiser's rule).
+    before it: as the temperature goes to 0, the fewest components that reach the coverage. At the start the
+    coordinates are not those that came in: a component with the coverage before it is halved, those after it nearly
+    vanish, and even at a coverage near 1 the last ones, within a few temperatures of it, are gated. `objective` is the
+    share of variance lost plus gates / components: a component is worth its place while it holds more than the
+    average (Kaiser's rule).
     """
 
     config: SoftComponentConfig
@@ -184,6 +204,7 @@ class SoftComponentSelection(Operator):
 
     def __call__(self, projection: Float[Array, "cells components"]) -> SelectedComponents:
         """Gates from the variances of these cells' coordinates; components in any order of variance."""
+        projection = checked_finite("SoftComponentSelection", projection, key="projection")
         gates, _ = self._gates(projection)
         return {"gated": projection * gates, "component_gates": gates}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..base import Config, Data, Operator, positive
+from ..base import Config, Data, Operator, checked_finite, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Scaled(TypedDict):
 class DifferentiableScaler(Operator):
     """(x - mean) / sd of each feature over the cells, sd with n - 1, clipped: `scanpy.pp.scale(max_value=clip)`.
 
-    Unlike scanpy's, the lower side is clipped too where the mean is subtracted (as scanpy does since 1.10).
+    Clipped on both sides, as scanpy does since 1.10 where it subtracts the mean.
     """
 
     config: ScalerConfig
@@ -46,6 +46,7 @@ class DifferentiableScaler(Operator):
         sd: Float[Array, " features"] | None = None,
     ) -> Scaled:
         """mean, sd: of each feature, where `features` hold a part of the cells; else theirs."""
+        features = checked_finite("DifferentiableScaler", features, key="features")
         return {"scaled": _standardized(features, mean, sd, self.config.clip)}
 
     @classmethod

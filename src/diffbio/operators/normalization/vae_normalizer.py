@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ...errors import DataError
 from ...math.sparse import SparseRows
 from ...nn.count_vae import CountVAE, log_positive, one_hot_batch
-from ..base import Config, Data, Operator, fraction, one_of, positive
+from ..base import Config, Data, Operator, checked_counts, fraction, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ class VAENormalizer(Operator):
         batch_labels: Int[Array, "cells"] | None = None,
     ) -> Normalized:
         """Encodes and decodes every cell."""
+        counts = checked_counts("VAENormalizer", counts)
         batch = self._batch(batch_labels)
         q = self.vae.encode(counts, batch)
         z = self.vae.sample(q)
@@ -125,7 +126,7 @@ class VAENormalizer(Operator):
 
     def init_from(self, data: Data) -> None:
         """Starts the decoder at the mean gene fractions and their dispersion."""
-        counts = np.asarray(data["counts"])
+        counts = checked_counts("VAENormalizer", np.asarray(data["counts"]))
         library = data.get("library_size")
         self.vae.start_from(counts, counts.sum(-1) if library is None else np.asarray(library))
 

@@ -8,7 +8,7 @@ from scipy import sparse
 from ..errors import DataError
 from .matrix import checked_csr
 
-VALUES_PER_BLOCK = 1 << 18
+VALUES_PER_BLOCK = 1 << 22
 
 
 def per_cell(counts: Any, *, total: float | None = None) -> Any:
@@ -44,13 +44,21 @@ def pearson_residuals(counts: Any, *, theta: float = 100.0) -> np.ndarray:
     share = (columns / max(columns.sum(), 1.0)).astype(np.float32)
     limit = np.float32(np.sqrt(len(rows)))
     result = np.empty(counts.shape, np.float32)
-    step = max(1, VALUES_PER_BLOCK // max(len(share), 1))  # what is dense beside the result stays in the cache
+    step = max(1, VALUES_PER_BLOCK // max(len(share), 1))
+    means, sds = (np.empty((step, len(share)), np.float32) for _ in range(2))  # used again: fresh memory costs time
     for start in range(0, len(rows), step):
-        block = counts[start : start + step]
-        mean = rows[start : start + step, None].astype(np.float32) * share
-        sd = np.sqrt(np.where(mean > 0, mean + mean**2 / np.float32(theta), np.float32(1.0)))
-        dense = block if isinstance(block, np.ndarray) else block.toarray()
-        np.clip((dense - mean) / sd, -limit, limit, out=result[start : start + step], casting="same_kind")
+        block, out = counts[start : start + step], result[start : start + step]
+        mean, sd = means[: len(out)], sds[: len(out)]
+        np.multiply(rows[start : start + step, None].astype(np.float32), share, out=mean)
+        np.multiply(mean, mean, out=sd)
+        sd *= np.float32(1.0 / theta)
+        sd += mean
+        np.sqrt(sd, out=sd)
+        sd[mean == 0] = 1.0
+        out[:] = block if isinstance(block, np.ndarray) else block.toarray()
+        out -= mean
+        out /= sd
+        np.clip(out, -limit, limit, out=out)
     return result
 
 

@@ -82,7 +82,8 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    (["run"], "Missing argument 'cells'"),
+    (["run"], "Missing option '--output'"),
+    (["project"], "Missing argument 'cells'"),
     (["run", "a.h5ad"], "Missing option '--output'"),
     (["run", "a.h5ad", "-o", "b.h5ad", "--sed", "1"], "--seed"),
     (["run", "a.h5ad", "-o", "b.h5ad", "--seed", "x"], "should be a valid integer"),

@@ -152,7 +152,8 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
             more = {"max_epochs": settings.get("max_epochs")}
         pp.impute(adata, method=steps.impute, genes=genes, progress=not quiet, **more, **common)
         n_genes = adata.n_vars if genes is None else len(genes)
-        lines.append(f"layers[{slots.IMPUTED!r}] holds imputed counts of {n_genes:,} genes")
+        place = "layers" if genes is None else "obsm"
+        lines.append(f"{place}[{slots.IMPUTED!r}] holds imputed counts of {n_genes:,} genes")
     return Ready(adata, lines)
 
 

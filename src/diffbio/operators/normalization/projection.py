@@ -1,8 +1,8 @@
 """Linear maps to a few dimensions that start at the principal components and can be trained."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, TypedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,10 @@ class _FromPrincipalComponents(Operator):
     init_cells: ClassVar[int | None] = 50_000
     fit_defaults: ClassVar[Mapping[str, Any]] = FIT
 
+    if TYPE_CHECKING:
+        _start: Callable[..., None]  # from components (components, features) on
+        _loadings: Callable[..., Array]  # (components, features) of now
+
     def __init__(self, config: ProjectionConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         random = jax.random.normal(rngs.params(), (config.n_features, config.n_components))
@@ -91,12 +95,6 @@ class _FromPrincipalComponents(Operator):
         checked_finite(type(self).__name__, features, key="features")
         loadings = self._loadings().astype(features.dtype)
         return features @ loadings.T - self.mean[...].astype(features.dtype) @ loadings.T
-
-    def _start(self, components: Float[Array, "components features"]) -> None:
-        raise NotImplementedError
-
-    def _loadings(self) -> Float[Array, "components features"]:
-        raise NotImplementedError
 
     @classmethod
     def examples(cls) -> dict[str, tuple[Any, Data]]:

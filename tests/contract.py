@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.test_util import check_grads
 from jaxtyping import TypeCheckError
 
-from diffbio.errors import ConfigError, DataError
+from diffbio.errors import ConfigError, DataError, MissingKeyError
 from diffbio.operators.base import Operator, axes, is_float, mode_of, operators_in
 
 GRAD_RTOL = 1e-4  # the bar for finite differences in float64
@@ -128,7 +129,7 @@ def cells_may_come_in_any_order(op, data):
 
     def shuffled(key, value, hint):
         if key in op.cell_numbers:
-            return (value + 1) % n_cells
+            value = (value + 1) % n_cells
         return jnp.roll(value, 1, axes(hint).index("cells")) if "cells" in axes(hint) else value
 
     def shuffle(tree, hints):
@@ -320,6 +321,9 @@ def everything_it_does(op, data):
         for training in (False, True):
             with mode_of(op, training=training):
                 note({k: v for k, v in run(op, data).items() if k in op.provided()})
+                if set(op.requires) == op.optional:  # a generator needs no cells to come in, others need one of several
+                    with suppress(MissingKeyError):
+                        note(run(op, {}))
                 if hasattr(op, "objective"):
                     note(op.objective(data))
 

@@ -103,6 +103,10 @@ def test_wrong_usage(capsys, arguments, wanted):
     ("max_epochs: many", "max_epochs must be int, got 'many'"),
     ("max_epochs: 1.5", "max_epochs must be int, got 1.5"),
     ("n_genes: 7", "unknown setting 'n_genes'"),
+    ("integration: combat", "integration must be one of 'harmony', 'mmd', 'wgan', 'scvi', got 'combat'"),
+    ("embedding: tsne", "embedding must be one of 'umap', 'phate', got 'tsne'"),
+    ("resolution: 2.0", 'resolution 2.0 is of clustering="communities"'),
+    ("clustering: communities\nn_clusters: 5", "n_clusters 5 does nothing for method 'communities'; leave it out"),
     ("seed: 1\nseed: 2", "setting 'seed' is given twice"),
     ("- seed", "expected lines such as 'n_clusters: 12', got list"),
     ("seed: [1", "is not valid YAML"),
@@ -447,6 +451,19 @@ def test_a_streamed_run_without_most_stages_says_which(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_other_methods_are_written_under_their_names(tmp_path, capsys):
+    cells, out = saved(tmp_path), tmp_path / "out.h5ad"
+    options = ["--batch-key", "batch", "--integration", "mmd", "--clustering", "communities", "--resolution", "0.8"]
+    (tmp_path / "run.yaml").write_text("latent_dim: 6\nenable_ambient_removal: false\nenable_dim_reduction: false\n")
+    arguments = ["run", cells, "-o", out, *options, "--epochs", "2", "--quiet", "--config", tmp_path / "run.yaml"]
+    assert run_command(list(map(str, arguments))) == 0
+    after = read(out)
+    assert set(after.obsm) == {"X_diffbio_latent", "X_diffbio_mmd", "diffbio_cluster_prob"}
+    n_found = after.obsm["diffbio_cluster_prob"].shape[1]
+    assert f"{n_found} clusters" in capsys.readouterr().out
+    assert after.uns["diffbio"]["pipeline"]["params"]["resolution"] == 0.8
+
+
 @pytest.mark.filterwarnings("ignore:Observation names are not unique")
 def test_what_is_odd_but_allowed_is_warned_of_and_analysed(tmp_path, capsys):
     adata = toy_cells()
@@ -487,8 +504,8 @@ def test_one_cell_or_one_gene_is_analysed(tmp_path, capsys, shape):
 
 
 def hostile():
-    """No home folder, no cache, an ASCII locale, warnings as errors."""
-    kept = {"PATH", "SYSTEMROOT", "JAX_COMPILATION_CACHE_DIR"}
+    """No home folder, no cache, an ASCII locale, warnings as errors; programs compiled as in the tests."""
+    kept = {"PATH", "SYSTEMROOT", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
     env = {name: value for name, value in os.environ.items() if name in kept}
     return env | {
         "HOME": "/proc/no such home", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error",

@@ -120,7 +120,18 @@ def quality_page():
     return {"adata": pbmc68k(), "raw": raw}
 
 
+def batches_page():
+    """The demo's real cells, in two batches."""
+    from diffbio.data.datasets import pbmc68k
+
+    cells = pbmc68k()
+    cells.obs["batch"] = np.where(np.arange(cells.n_obs) % 2, "a", "b")
+    cells = cells[:300]
+    return {"adata": cells[:, np.asarray(cells.X.sum(axis=0)).ravel() > 0].copy()}
+
+
 PRELUDES = {
+    "batches_maps_groups.md": batches_page,
     "quality_control.md": quality_page,
     "single_cell_pipeline.md": pipeline_page,
     "scvi_tools_models.md": scvi_tools_page,

@@ -4,8 +4,9 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 from toy_cells import toy_cells
 
+import diffbio
 from diffbio import tl
-from diffbio.errors import ConfigError, DataError, MissingKeyError
+from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError
 from diffbio.pipelines import SingleCellPipeline
 
 
@@ -69,13 +70,89 @@ def test_vae_reads_the_variable_genes_and_says_which_it_did_not(adata):
     assert np.isnan(layer[:, 30:]).all()
 
 
-@pytest.mark.parametrize("call", [
-    lambda a: tl.cluster(a, method="communities"), lambda a: tl.embed(a, method="phate"),
-    lambda a: tl.integrate(a, batch_key="batch", method="mmd"),
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda a: tl.cluster(a, method="leiden"), "not available; this version has 'kmeans', 'communities'"),
+    (lambda a: tl.embed(a, method="tsne"), "not available; this version has 'umap', 'phate'"),
+    (lambda a: tl.cluster(a, method="communities", n_clusters=3), "n_clusters does nothing for method 'communities'"),
+    (lambda a: tl.cluster(a, resolution=2.0), "resolution does nothing for method 'kmeans'"),
+    (lambda a: tl.embed(a, t=3), "t does nothing for method 'umap'"),
+    (lambda a: tl.embed(a, method="phate", min_dist=0.3), "min_dist does nothing for method 'phate'"),
+    (lambda a: tl.integrate(a, batch_key="batch", method="mmd", theta=1.0), "theta does nothing for method 'mmd'"),
+    (lambda a: tl.integrate(a, batch_key="batch", max_epochs=3), "max_epochs does nothing for method 'harmony'"),
+    (lambda a: tl.simulate(a, n_genes=7), "n_genes does nothing for method 'like'"),
+    (lambda a: tl.archetypes(a, n_components=-3), "n_components must be at least 1, or None for all, got -3"),
+    (lambda a: tl.simulate(n_cellz=3), "unknown setting 'n_cellz'; known are .*n_groups"),
+    (lambda a: tl.simulate(max_epochs=3), "max_epochs does nothing for method 'without `like`'"),
 ])  # fmt: skip
-def test_methods_of_later_versions_are_refused_by_name(adata, call):
-    with pytest.raises(ConfigError, match="not available; this version has"):
+def test_what_would_do_nothing_is_refused_by_name(adata, call, said):
+    with pytest.raises(ConfigError, match=said):
         call(adata)
+
+
+@pytest.mark.parametrize("method", ["mmd", "wgan", "scvi"])
+def test_integrate_trains_other_methods(adata, method):
+    moved = tl.integrate(adata, batch_key="batch", method=method, n_latent=6, max_epochs=2, copy=True)
+    found = moved.obsm["X_diffbio_integrated"]
+    assert found.shape == (120, 6)
+    assert np.isfinite(found).all()
+    assert moved.uns["diffbio"]["integrate"]["params"]["method"] == method
+
+
+def test_a_narrow_representation_is_integrated_as_it_is(adata):
+    adata.obsm["X_narrow"] = np.log1p(adata.X[:, :4].toarray())
+    moved = tl.integrate(adata, batch_key="batch", method="mmd", use_rep="X_narrow", max_epochs=1, copy=True)
+    assert moved.obsm["X_diffbio_integrated"].shape == (120, 4)
+    one = pytest.raises(DataError, match=r"'mmd' compares batches, and obs\['one'\] holds one")
+    with one, pytest.warns(DataWarning, match="holds one value"):
+        tl.integrate(adata, batch_key="one", method="mmd")
+
+
+def test_communities_are_found_without_their_number(adata):
+    grouped = tl.cluster(adata, method="communities", copy=True)
+    assert adjusted_rand_score(adata.obs["cell_type"], grouped.obs["diffbio_cluster"]) > 0.9
+    assert list(grouped.obs["diffbio_cluster"].cat.categories) == ["0", "1", "2"]
+    np.testing.assert_allclose(grouped.obsm["diffbio_cluster_prob"].sum(axis=1), 1, atol=1e-5)
+    finer = tl.cluster(adata, method="communities", resolution=4.0, copy=True)
+    assert finer.obs["diffbio_cluster"].nunique() > 3
+
+
+def test_phate_is_written_under_its_name(adata):
+    drawn = tl.embed(adata, method="phate", n_neighbors=40, t=4, copy=True)
+    assert drawn.obsm["X_diffbio_phate"].shape == (120, 2)
+    spread = drawn.obsm["X_diffbio_phate"].std()
+    kinds = adata.obs["cell_type"].to_numpy()
+    within = np.mean([drawn.obsm["X_diffbio_phate"][kinds == k].std(axis=0).mean() for k in np.unique(kinds)])
+    assert within < 0.5 * spread
+
+
+def test_archetypes_and_their_genes(adata):
+    mixed = tl.archetypes(adata, copy=True)
+    weights, found = mixed.obsm["diffbio_archetype_weights"], mixed.uns["diffbio"]["diffbio_archetypes"]
+    assert weights.shape == (120, 3)  # three types are three corners
+    assert adjusted_rand_score(adata.obs["cell_type"], weights.argmax(axis=1)) > 0.9
+    assert len(found["explained_by_number"]) == 10
+    assert 0.5 < found["explained"] < 1
+    raised, marked = mixed.varm["diffbio_archetype_genes"], mixed.varm["diffbio_archetype_qvalues"]
+    assert raised.shape == marked.shape == (50, 3)
+    assert (raised[marked < 0.01] > 0).all()
+    assert (marked < 0.01).any(axis=0).all()
+
+
+def test_simulated_cells_are_like_the_real_ones(adata, tmp_path):
+    cells = tl.simulate(adata, n_cells=300, n_groups=3, max_epochs=0)
+    assert list(cells.var_names) == list(adata.var_names)
+    real, found = (np.log1p(x.toarray().mean(axis=0)) for x in (adata.X, cells.X))
+    assert np.corrcoef(real, found)[0, 1] > 0.95
+    depth, real_depth = (float(np.median(np.asarray(x.sum(axis=1)))) for x in (cells.X, adata.X))
+    assert abs(depth / real_depth - 1) < 0.15
+    dense = adata.copy()
+    dense.X = dense.X.toarray()
+    again = tl.simulate(dense, n_cells=300, n_groups=3, max_epochs=0)
+    assert (again.X != cells.X).nnz == 0
+    path = tl.simulate(adata, n_cells=300, n_groups=3, max_epochs=0, path=tmp_path / "cells.h5ad")
+    written = diffbio.read(path)
+    assert written.shape == (300, 50)
+    assert written.uns["diffbio"]["simulate"]["params"]["n_groups"] == 3
 
 
 def test_pipeline_returns_itself_and_writes_its_results():

@@ -38,6 +38,21 @@ def in_chunks(
         yield _fetched(*waiting)
 
 
+SOME_OF_A_BATCH = 50  # cells of a rare batch that a random choice takes at least, if it has so many
+
+
+def drawn_rows(source: Any, n_cells: int, rng: np.random.Generator) -> np.ndarray:
+    """Sorted rows of `n_cells` cells at random; batches that would be missing or hardly there take others' places."""
+    order = rng.permutation(source.n_cells)
+    if hasattr(source, "column") and "batch_labels" in getattr(source, "keys", ()):
+        labels = np.asarray(source.column("batch_labels"))[order]
+        some = min(SOME_OF_A_BATCH, n_cells // (int(labels.max()) + 1))
+        # the first of each batch come to the front; of a common batch these were among the first `n_cells` anyway
+        first = np.concatenate([np.flatnonzero(labels == batch)[:some] for batch in np.unique(labels)])
+        order = np.concatenate([order[first], np.delete(order, first)])
+    return np.sort(order[:n_cells])
+
+
 def joined(parts: Iterator[Chunk]) -> Chunk:
     """Chunks put together again."""
     every = list(parts)

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from . import storage
-from .chunks import in_chunks, joined
+from .chunks import drawn_rows, in_chunks, joined
 from .data.file_source import FileSource
 from .data.source import Source, as_source
 from .data.validate import check_ambient_profile, check_counts
@@ -50,7 +50,8 @@ def fit(
         data: a dict of arrays (counts dense or scipy sparse), an AnnData, or a .h5ad/.zarr path that stays on
             disk; `keys` says where an AnnData or file holds each key: {"batch_labels": "obs/batch"}.
         keys: key -> place, as above; counts are "X" unless named.
-        optimizer: any optax optimizer instead of Adam; of a pipeline, for its VAE. Parameters that the model holds
+        optimizer: any optax optimizer instead of Adam, or instead of the one that the method brings (`optimizer`, as of
+            an adversary that takes turns); of a pipeline, for its VAE. Parameters that the model holds
             (`held_in_fit`), since their start is their optimum, are left to training loops of your own.
         schedules: keyword of the objective -> function of the epoch, such as a KL warm-up; it must end at a finite
             value.
@@ -97,9 +98,10 @@ def fit(
     if not hasattr(model, "objective"):
         model.mark_fitted()
         return History([])
-    sampler = model.sampler(gathered(source, None)) if hasattr(model, "sampler") else None
+    sampler = model.sampler(_read_by_sampler(model, source)) if hasattr(model, "sampler") else None
+    optimizer = optimizer or optimizer_of(model, chosen.learning_rate)
     if model.held_in_fit:
-        optimizer = _holding(model.held_in_fit, optimizer or optax.adam(chosen.learning_rate))
+        optimizer = _divided(model.held_in_fit, optax.set_to_zero(), optimizer or optax.adam(chosen.learning_rate))
     history = train(
         model, source, chosen, optimizer=optimizer, sampler=sampler, checkpoint=checkpoint, resume=resume, force=force,
         schedules={**getattr(model, "schedules", {}), **(schedules or {})}, progress=progress,
@@ -111,16 +113,36 @@ def fit(
     return history
 
 
-def _holding(held: tuple[str, ...], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer of all parameters but those whose path starts with one of `held`."""
+def _read_by_sampler(model: Operator, source: Source) -> dict[str, np.ndarray]:
+    """What the model's sampler looks at, of all cells: all keys, unless it says which (`sampler_reads`)."""
+    keys = getattr(model, "sampler_reads", None)
+    if keys is None or not hasattr(source, "column"):
+        return gathered(source, None)
+    return {key: np.asarray(source.column(key)) for key in keys}
+
+
+def optimizer_of(model: Operator, learning_rate: float) -> optax.GradientTransformation | None:
+    """The optimizer that a model with an `alternation` is trained by; None says the usual one."""
+    turns = getattr(model, "alternation", None)
+    if turns is None:
+        return None
+    adam = optax.adam(learning_rate, b1=turns.first_moment)
+    sometimes = optax.transforms.conditionally_mask(adam, lambda step: step % turns.every == turns.every - 1)
+    return _divided(turns.rare, sometimes, adam)
+
+
+def _divided(
+    starts: tuple[str, ...], optimizer: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optimizer` for the parameters whose path starts with one of `starts`, `others` for the rest."""
 
     def kind(path: Any, _leaf: Any) -> str:
-        return "held" if jax.tree_util.keystr(path, simple=True, separator="/").startswith(held) else "trained"
+        return "these" if jax.tree_util.keystr(path, simple=True, separator="/").startswith(starts) else "others"
 
     def kinds(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(kind, params)
 
-    return optax.multi_transform({"trained": optimizer, "held": optax.set_to_zero()}, kinds)
+    return optax.multi_transform({"these": optimizer, "others": others}, kinds)
 
 
 def _positions(model: Operator, source: Source) -> dict[str, np.ndarray]:
@@ -161,8 +183,8 @@ def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None
 
 
 def gathered(source: Source, n_cells: int | None, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """All cells, or a random `n_cells` of them, as host arrays."""
+    """All cells, or a random `n_cells` of them, with some of every batch, as host arrays."""
     rows = np.arange(source.n_cells)
     if n_cells is not None and n_cells < source.n_cells:
-        rows = np.sort(np.random.default_rng(seed).choice(source.n_cells, n_cells, replace=False))
+        rows = drawn_rows(source, n_cells, np.random.default_rng(seed))
     return {key: np.asarray(value) for key, value in source.take(rows).items()}

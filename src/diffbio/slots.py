@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-LATENT, HARMONY, INTEGRATED = "X_diffbio_latent", "X_diffbio_harmony", "X_diffbio_integrated"
-UMAP, PCA = "X_diffbio_umap", "X_diffbio_pca"
+LATENT, INTEGRATED, PCA = "X_diffbio_latent", "X_diffbio_integrated", "X_diffbio_pca"
+# a pipeline's integration and every map stand in obsm under their method's name: X_diffbio_harmony, X_diffbio_umap
+INTEGRATIONS, MAPS = ("harmony", "mmd", "wgan"), ("umap", "phate")
 CLUSTER, CLUSTER_PROB = "diffbio_cluster", "diffbio_cluster_prob"
 AMBIENT_FRACTION, AMBIENT_PROFILE = "diffbio_ambient_fraction", "ambient_profile"
 DECONTAMINATED, NORMALIZED = "diffbio_decontaminated", "diffbio_normalized"
@@ -30,6 +31,8 @@ IS_CELL, CELL_FDR = "diffbio_is_cell", "diffbio_cell_fdr"
 CELL_WEIGHT, QUALITY_PASS = "diffbio_cell_weight", "diffbio_quality_pass"
 QUALITY_METRICS = ("diffbio_counts", "diffbio_genes", "diffbio_mitochondrial_share")
 QUALITY_THRESHOLDS = "quality_thresholds"
+ARCHETYPE_WEIGHTS, ARCHETYPES = "diffbio_archetype_weights", "diffbio_archetypes"
+ARCHETYPE_GENES, ARCHETYPE_QVALUES = "diffbio_archetype_genes", "diffbio_archetype_qvalues"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
 
@@ -43,6 +46,35 @@ def choose(method: str, available: Sequence[str], where: str) -> None:
         names = ", ".join(map(repr, available))
         msg = f"{where}: method {method!r} is not available; this version has {names}."
         raise ConfigError(msg)
+
+
+def refuse(where: str, method: str, **asked: bool) -> None:
+    """Refuses settings that would do nothing.
+
+    Args:
+        where: the function that was called.
+        method: what it was asked for.
+        asked: by the setting's name, whether it was given.
+
+    Raises:
+        ConfigError: naming the first that was.
+    """
+    for name, given in asked.items():
+        if given:
+            msg = f"{where}: {name} does nothing for method {method!r}."
+            raise ConfigError(msg)
+
+
+def note(adata: "AnnData", key: str, found: Any) -> None:
+    """Puts `found` at `uns["diffbio"][key]`."""
+    adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), key: found}
+
+
+def target_of(adata: "AnnData", *, copy: bool) -> "AnnData":
+    """`adata` itself, or a copy in memory."""
+    if not copy:
+        return adata
+    return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def counts(adata: "AnnData", layer: str | None = None) -> Any:
@@ -104,7 +136,7 @@ def representation(adata: "AnnData", use_rep: str | None, layer: str | None = No
         width = min(N_COMPONENTS, len(genes), adata.n_obs)
         # normalised over all genes, then restricted
         adata.obsm[PCA] = pca(shifted_log(matrix)[:, genes], width).scores
-        adata.uns["diffbio"] = {**adata.uns.get("diffbio", {}), PCA: {"layer": layer or "X"}}
+        note(adata, PCA, {"layer": layer or "X"})
     if key not in adata.obsm:
         msg = f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
         raise MissingKeyError(msg)

@@ -12,6 +12,10 @@ def distance_matrix(x, y, metric):
     x, y = x.astype(np.float64), y.astype(np.float64)
     if metric == "euclidean":
         return np.sqrt(((x[:, None] - y[None]) ** 2).sum(-1))
+    if metric == "manhattan":
+        return np.abs(x[:, None] - y[None]).sum(-1)
+    if metric == "correlation":
+        return 1 - np.corrcoef(x, y)[: len(x), len(x) :]
     unit = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y)]
     return 1 - unit[0] @ unit[1].T
 
@@ -21,7 +25,7 @@ def points():
     return np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("metric", module.METRICS)
 def test_equals_a_sorted_distance_matrix(points, metric):
     dense = distance_matrix(points, points, metric)
     np.fill_diagonal(dense, np.inf)
@@ -32,7 +36,7 @@ def test_equals_a_sorted_distance_matrix(points, metric):
     assert found.distances.dtype == np.float32
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("metric", module.METRICS)
 def test_queries_find_themselves_when_they_are_reference_points(points, metric):
     found = knn(points, 3, metric=metric, queries=points[:5])
     np.testing.assert_array_equal(found.indices[:, 0], np.arange(5))
@@ -63,20 +67,28 @@ def test_a_zero_row_is_at_cosine_distance_one():
     np.testing.assert_allclose(found.distances[0], [0, 1, 1], rtol=1e-6)
 
 
+def test_a_constant_row_is_at_correlation_distance_one():
+    x = np.array([[0.1, 0.1, 0.1], [1.0, 0.0, 2.0], [2.0, 0.1, 4.1], [7.7, 7.7, 7.7]])
+    found = knn(x, 3, metric="correlation")
+    assert found.indices[0, 0] == 3
+    np.testing.assert_allclose(found.distances[0], [0, 1, 1], rtol=1e-6)
+
+
 def test_accepts_jax_arrays_and_integers(points):
     np.testing.assert_array_equal(knn(jnp.asarray(points), 4).indices, knn(points, 4).indices)
     assert knn(np.arange(12).reshape(6, 2), 2).indices.shape == (6, 2)
 
 
-def test_large_sets_find_nearly_all(monkeypatch):
+@pytest.mark.parametrize("metric", ["euclidean", "correlation", "manhattan"])
+def test_large_sets_find_nearly_all(monkeypatch, metric):
     x = np.random.default_rng(1).normal(size=(3000, 10)).astype(np.float32)
-    expected = knn(x, 10)
+    expected = knn(x, 10, metric=metric)
     monkeypatch.setattr(module, "EXACT_UP_TO", 10)
-    found = knn(x, 10)
+    found = knn(x, 10, metric=metric)
     pairs = zip(found.indices, expected.indices, strict=True)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in pairs])
     assert recall > 0.9
-    np.testing.assert_array_equal(found.indices, knn(x, 10).indices)
+    np.testing.assert_array_equal(found.indices, knn(x, 10, metric=metric).indices)
 
 
 @pytest.mark.parametrize("k", [0, -1, 200, 500])
@@ -99,7 +111,7 @@ def test_bad_points_are_named(points):
     with pytest.raises(DataError, match="queries have 4 features, x has 7"):
         knn(points, 3, queries=points[:, :4])
     with pytest.raises(ConfigError, match="metric"):
-        knn(points, 3, metric="manhattan")
+        knn(points, 3, metric="chebyshev")
 
 
 def test_nearest_is_knn_in_a_program():

@@ -47,6 +47,17 @@ def dense(data):
     return {**data, "counts": jnp.asarray(data["counts"].toarray()), "batch_labels": jnp.asarray(data["batch_labels"])}
 
 
+def compiled(pipeline):
+    graph, state = nnx.split(pipeline)
+
+    @jax.jit
+    def run(state, data):
+        result, _, metadata = nnx.merge(graph, state).apply(data, {}, None)
+        return {**result, "unfitted": metadata}
+
+    return lambda data: run(state, data)
+
+
 def parameters_of(part):
     return [np.asarray(p) for p in jax.tree.leaves(nnx.state(part, nnx.Param))]
 
@@ -92,8 +103,66 @@ def test_every_setting_reaches_a_stage():
     config = SingleCellPipelineConfig(**SMALL)
     before = stages(config)
     for field in dataclasses.fields(config):
+        if field.name in ("clustering", "resolution"):  # communities have no config; see the test of alternatives
+            continue
         value = 3 if field.name == "n_batches" else another_value(field, getattr(config, field.name))
         assert stages(dataclasses.replace(config, **{field.name: value})) != before, field.name
+
+
+@pytest.mark.parametrize(("integration", "embedding", "clustering"), [
+    ("mmd", "phate", "communities"), ("wgan", "umap", "kmeans"), ("scvi", "phate", "kmeans"),
+])  # fmt: skip
+def test_alternatives_of_a_stage_are_trained_saved_and_project(integration, embedding, clustering, tmp_path):
+    """Two epochs: that each alternative takes its place; how good it is, benchmarks say."""
+    data, _ = cells(n=90)
+    data.pop("ambient_profile")
+    small = {k: v for k, v in SMALL.items() if k != "n_clusters" or clustering == "kmeans"}
+    pipeline = create_single_cell_pipeline(
+        **small, integration=integration, embedding=embedding, clustering=clustering, enable_ambient_removal=False,
+    )
+    diffbio.fit(pipeline, data, **QUICK | {"max_epochs": 2})
+    result = compiled(pipeline)(dense(data))
+    assert not result["unfitted"]
+    assert ("corrected_embeddings" in result) == (integration != "scvi")
+    assert result["embeddings_2d"].shape == (90, 2)
+    np.testing.assert_allclose(result["cluster_assignments"].sum(axis=1), 1, atol=1e-5)
+    pipeline.save(tmp_path / "model")
+    again = SingleCellPipeline.load(tmp_path / "model")
+    new = dense(cells(n=20, seed=3)[0])
+    before, after = compiled(pipeline)(new), compiled(again)(new)
+    for key in pipeline.provided():
+        np.testing.assert_array_equal(before[key], after[key], err_msg=key)
+    graph, params, rest = nnx.split(pipeline, nnx.Param, ...)
+
+    @jax.jit
+    def gradients(params):
+        def total(params, key):
+            return (nnx.merge(graph, params, rest).apply(new, {}, None)[0][key] ** 2).sum()
+
+        return [jax.grad(total)(params, key) for key in ("embeddings_2d", "cluster_assignments")]
+
+    for gradient in gradients(params):
+        largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient["vae_normalizer"]))
+        assert 0 < largest < np.inf
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"resolution": 2.0}, r"resolution 2\.0 is of clustering"),
+    ({"clustering": "communities", "n_clusters": 5}, "n_clusters 5 does nothing for method 'communities'"),
+    ({"integration": "mmd", "batch_correction_clusters": 3}, "batch_correction_clusters 3 does nothing for .*'mmd'"),
+])  # fmt: skip
+def test_settings_of_another_method_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        SingleCellPipelineConfig(**settings)
+
+
+def test_a_batch_of_one_cell_is_refused_before_training():
+    data, _ = cells(n=40)
+    data["batch_labels"][:] = 0
+    data["batch_labels"][3] = 1
+    pipeline = create_single_cell_pipeline(**SMALL, integration="wgan", enable_ambient_removal=False)
+    with pytest.raises(DataError, match="'wgan' compares batches, but batch 1 has 1 cells"):
+        diffbio.fit(pipeline, data, **QUICK)
 
 
 def test_finds_the_types_and_mixes_the_batches(fitted):

@@ -119,7 +119,15 @@ def run(
     n_top_genes: Annotated[
         int | None, typer.Option(min=0, help="Variable genes to use; 0 uses all. [default: 2000]")
     ] = None,
-    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters. [default: 10]")] = None,
+    integration: Annotated[
+        str | None, typer.Option(help="Of the batches: harmony, mmd, wgan, or scvi (VAE alone). [default: harmony]")
+    ] = None,
+    embedding: Annotated[str | None, typer.Option(help="Map of the cells: umap or phate. [default: umap]")] = None,
+    clustering: Annotated[str | None, typer.Option(help="kmeans or communities. [default: kmeans]")] = None,
+    n_clusters: Annotated[int | None, typer.Option(help="Number of clusters of kmeans. [default: 10]")] = None,
+    resolution: Annotated[
+        float | None, typer.Option(help="Of communities: more finds more of them. [default: 1]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cells at most, in each stage.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Cells in a minibatch; fewer need less memory.")
@@ -148,6 +156,7 @@ def run(
     given = {
         "batch_key": batch_key, "label_key": label_key, "layer": layer, "ambient_profile": ambient_profile,
         "n_top_genes": n_top_genes, "n_clusters": n_clusters, "max_epochs": epochs, "batch_size": batch_size,
+        "integration": integration, "embedding": embedding, "clustering": clustering, "resolution": resolution,
         "seed": seed, "allow_non_integer": allow_non_integer or None, "raw": raw, "quality": quality,
         "doublets": doublets, "doublet_rate": doublet_rate, "normalize": normalize, "impute": impute,
         "drop_flagged": drop_flagged,

@@ -12,6 +12,8 @@ from .names import label_codes as label_codes
 from .provenance import fingerprint as fingerprint
 from .provenance import provenance as provenance
 from .read import read as read
+from .simulated import simulated as simulated
+from .simulated import write_simulated as write_simulated
 from .source import ArraySource as ArraySource
 from .source import FileSource as FileSource
 from .source import Source as Source

@@ -23,9 +23,13 @@ def squared_euclidean(
 
 def safe_norm(x: Float[Array, "rows features"]) -> Float[Array, " rows"]:
     """Euclidean length of every row, with gradient 0 (not NaN) where the row is zero."""
-    square = (x * x).sum(-1)
-    nonzero = square > 0
-    return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, square, 1.0)), 0.0)
+    return safe_sqrt((x * x).sum(-1))
+
+
+def safe_sqrt(square: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Root of values of 0 or more, with gradient 0 (not NaN) at 0; below 0 it is 0."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
 def unit_rows(x: Float[Array, "rows features"]) -> Float[Array, "rows features"]:

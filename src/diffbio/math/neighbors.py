@@ -11,6 +11,9 @@ from ..errors import ConfigError, DataError
 
 EXACT_UP_TO = 20_000  # reference points; beyond, an inverted-file index is several times faster
 PAIRS_PER_BLOCK = 1 << 22  # entries of a block of pairwise differences held at once
+METRICS = ("euclidean", "cosine", "correlation", "manhattan")
+PROBED = {"manhattan": 8}  # share of an index's lists that is looked through, 1 in so many; else 1 in 16
+NO_SPREAD = 1e-6  # a row whose spread is this share of its length is constant up to rounding
 
 
 class Neighbors(NamedTuple):
@@ -35,8 +38,9 @@ def knn(
     Args:
         x: reference points, NumPy or JAX.
         k: how many neighbours; below the number of cells, since a cell is not its own neighbour.
-        metric: "euclidean", or "cosine": 1 - cos of the angle, where a zero row has distance 1 to every
-            other row and 0 to another zero row.
+        metric: "euclidean"; "manhattan", the sum of absolute differences; "cosine", 1 - cos of the angle, where a
+            zero row has distance 1 to every other row and 0 to another zero row; or "correlation", the same of rows
+            minus their means.
         queries: points to look up; a query equal to a reference point finds it at distance 0.
 
     Raises:
@@ -54,51 +58,57 @@ def knn(
         msg = f"knn: queries have {asked.shape[1]} features, x has {points.shape[1]}."
         raise DataError(msg)
     search = _exact if len(points) <= EXACT_UP_TO else _large
-    found = search(points, asked, k + 1 if own else k)
+    found = search(points, asked, k + 1 if own else k, metric)
     if own:
         found = _without_self(found)
     return _sorted(points, asked, found, metric)
 
 
 def _points(x: Any, metric: str, name: str) -> np.ndarray:
-    """Rows as float32 whose Euclidean order is the order of the metric."""
-    if metric not in ("euclidean", "cosine"):
-        msg = f"knn: metric must be 'euclidean' or 'cosine', got {metric!r}."
+    """Rows as float32 whose Euclidean order is the order of the metric (but for "manhattan")."""
+    if metric not in METRICS:
+        msg = f"knn: metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}."
         raise ConfigError(msg)
     points = np.ascontiguousarray(x, dtype=np.float32)
     if not np.isfinite(points).all():
         row = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
         msg = f"knn: {name} holds NaN or infinity, first in row {row}; remove or impute it."
         raise DataError(msg)
-    if metric == "euclidean":
+    if metric in ("euclidean", "manhattan"):
         return points
+    if metric == "correlation":
+        length = np.linalg.norm(points, axis=1, keepdims=True)
+        points = points - points.mean(axis=1, keepdims=True)
+        points *= np.linalg.norm(points, axis=1, keepdims=True) > NO_SPREAD * length
     norm = np.linalg.norm(points, axis=1, keepdims=True)
     # the extra column holds a zero row at cosine distance 1 from all others, and at 0 from its like
     return np.hstack([points / np.where(norm > 0, norm, 1.0), norm == 0]).astype(np.float32)
 
 
-def _exact(points: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:
+def _exact(points: np.ndarray, asked: np.ndarray, k: int, metric: str) -> np.ndarray:
     from sklearn.neighbors import NearestNeighbors
 
-    index = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="euclidean").fit(points)
+    by = "manhattan" if metric == "manhattan" else "euclidean"
+    index = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=by).fit(points)
     return np.asarray(index.kneighbors(asked, return_distance=False))
 
 
-def _large(points: np.ndarray, asked: np.ndarray, k: int) -> np.ndarray:
+def _large(points: np.ndarray, asked: np.ndarray, k: int, metric: str) -> np.ndarray:
     import faiss
 
     n, width = points.shape
-    lists = int(4 * np.sqrt(n))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, lists)
+    by = faiss.METRIC_L1 if metric == "manhattan" else faiss.METRIC_L2
+    lists, share = int(4 * np.sqrt(n)), PROBED.get(metric, 16)
+    index = faiss.IndexIVFFlat(faiss.IndexFlat(width, by), width, lists, by)
     index.cp.seed = 0
     index.cp.min_points_per_centroid = 1
     index.train(points)
     index.add(points)
-    index.nprobe = max(16, lists // 16)
+    index.nprobe = max(256 // share, lists // share)
     found = index.search(asked, k)[1]
     short = (found < 0).any(axis=1)  # the lists probed held fewer than k points
     if short.any():
-        found[short] = _exact(points, asked[short], k)
+        found[short] = _exact(points, asked[short], k, metric)
     return np.asarray(found)
 
 
@@ -117,6 +127,9 @@ def _sorted(points: np.ndarray, asked: np.ndarray, found: np.ndarray, metric: st
     for start in range(0, len(asked), step):
         rows = slice(start, start + step)
         gap = asked[rows, None, :] - points[found[rows]]
+        if metric == "manhattan":
+            distances[rows] = np.abs(gap).sum(axis=2)
+            continue
         squared = np.einsum("qkf,qkf->qk", gap, gap)
         distances[rows] = np.sqrt(squared) if metric == "euclidean" else squared / 2
     order = np.lexsort((found, distances), axis=1)

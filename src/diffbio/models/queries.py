@@ -13,8 +13,9 @@ from ..chunks import CHUNK_CELLS, Chunk, joined
 from ..errors import ConfigError, DataWarning, MissingKeyError
 from . import posterior
 from .abundance import AggregatedPosterior
-from .base import Model, rows_of
+from .base import rows_of
 from .cells import CellSource
+from .described import Described
 from .differential import Comparison, compare_groups
 from .importance import Weighting, resampled
 from .peer import refuse
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CORRELATIONS = ("spearman", "pearson")
 
 
-class Queries(Model):
+class Queries(Described):
     """The methods that read cells and change nothing.
 
     All take `adata` (None: the model's; another one needs no setup, its genes are found by name), `indices` (row

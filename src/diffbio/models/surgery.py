@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from .base import Model
+    from .kept import Kept
 
 Input = tuple[str, Any]  # a one-hot input: field and category
 
@@ -158,7 +159,7 @@ def padded(
     return None
 
 
-def loaded(cls: type["Model"], reference: "Model | str | Path") -> "Model":
+def loaded(cls: type["Kept"], reference: "Model | str | Path") -> "Model":
     """The reference model itself, or from a folder.
 
     Raises:

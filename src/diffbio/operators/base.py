@@ -39,6 +39,14 @@ class Unfitted(tuple[str, ...]):
     __slots__ = ()
 
 
+class Alternation(typing.NamedTuple):
+    """A game's schedule, as an operator's attribute `alternation`: part of the parameters moves at some steps only."""
+
+    rare: tuple[str, ...]  # starts of the paths of these parameters
+    every: int  # they move at every so-many-th step, the others at each
+    first_moment: float  # of Adam: gradients of an adversary turn, a long memory makes both sides circle
+
+
 def setting(default: Any, wanted: str, check: Any) -> Any:
     """A config field with a rule: `check(value)` must hold, `wanted` says it in words."""
     return dataclasses.field(default=default, metadata={"check": check, "wanted": wanted})

@@ -49,6 +49,7 @@ class Analysis:
     prepared: Prepared
     history: History | None  # None: the data were projected
     record: dict[str, Any]  # of uns["diffbio"]["pipeline"]
+    n_clusters: int = 0  # known when there are results
     notes: list[str] = dataclasses.field(default_factory=list)  # what the results show to be doubtful
 
     def results(self, *, normalized: bool = False) -> dict[str, Any]:
@@ -65,12 +66,14 @@ class Analysis:
                     arrays[key] = np.empty((source.n_cells, chunk[key].shape[1]), np.float32)
                 arrays[key][start:stop] = chunk[key]
             start = stop
-        results: dict[str, Any] = dict(arrays)
+        results: dict[str, Any] = {self._place(key): values for key, values in arrays.items()}
         if "cluster_assignments" in arrays:
+            self.n_clusters = arrays["cluster_assignments"].shape[1]
             self._score(arrays["cluster_assignments"])
-            self._look_for_small(arrays["cluster_assignments"])
-        if "corrected_embeddings" in arrays:
-            self._look_for_unmixed(arrays["corrected_embeddings"], column(source, "batch_labels"))
+            if self.pipeline.config.clustering == "kmeans":
+                self._look_for_small(arrays["cluster_assignments"])
+        if self.pipeline.config.enable_batch_correction:
+            self._look_for_unmixed(arrays[self.pipeline.final_embedding], column(source, "batch_labels"))
         if ambient is not None:
             found = joined(apply_in_chunks(ambient, source, ["contamination_fraction"]))
             results[f"obs/{slots.AMBIENT_FRACTION}"] = found["contamination_fraction"]
@@ -102,9 +105,7 @@ class Analysis:
     def summary(self) -> list[str]:
         """What came out, in a few lines."""
         n_genes, n_cells = self.pipeline.config.n_genes, self.prepared.source.n_cells
-        clusters = (
-            f", {self.pipeline.config.n_clusters} clusters" if self.pipeline.clustering is not None else ""
-        )
+        clusters = f", {self.n_clusters} clusters" if self.n_clusters else ""
         lines = [
             f"{n_cells:,} cells, {n_genes:,} genes{clusters}; "
             f"{self.record['seconds']:.0f} s on {self.record['device']}"
@@ -158,6 +159,12 @@ class Analysis:
     def _note(self, note: str) -> None:
         self.notes.append(note)
         self.record["warnings"] = plain(list(dict.fromkeys([*map(str, self.record["warnings"]), note])))
+
+    def _place(self, key: str) -> str:
+        """Where the results of a stage go that has alternatives: under the name of the one that ran."""
+        config = self.pipeline.config
+        names = {"corrected_embeddings": config.integration, "embeddings_2d": config.embedding}
+        return f"obsm/X_diffbio_{names[key]}" if key in names else key
 
     def _layer(self, key: str) -> RowStream:
         present = self.prepared.present

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from scipy import sparse
 
-from ..chunks import CHUNK_CELLS, in_chunks
+from ..chunks import CHUNK_CELLS, drawn_rows, in_chunks
 from ..chunks import joined as joined
 from ..data.source import ArraySource, Source
 from ..operators.base import Data, Operator
@@ -77,13 +77,13 @@ def with_missing_genes(source: Any, columns: np.ndarray) -> Any:
 
 
 def in_memory(source: Source, n_cells: int, *, seed: int) -> Source:
-    """`source` itself if it has at most `n_cells` cells, else a random `n_cells` of them held in memory."""
+    """`source` itself if it has at most `n_cells` cells, else so many at random, some of every batch, in memory."""
     if source.n_cells <= n_cells:
         return source
-    rows = np.sort(np.random.default_rng([seed, n_cells]).choice(source.n_cells, n_cells, replace=False))
+    rows = drawn_rows(source, n_cells, np.random.default_rng([seed, n_cells]))
     parts: dict[str, list[Any]] = {}
     constants: dict[str, Any] = {}
-    for start in range(0, n_cells, CHUNK_CELLS):
+    for start in range(0, len(rows), CHUNK_CELLS):
         part = rows[start : start + CHUNK_CELLS]
         for key, value in source.take(part).items():
             if np.shape(value)[:1] != (len(part),):

@@ -14,7 +14,7 @@ from ..errors import ConfigError, MissingKeyError, ModelFileError
 from ..recording import recording
 from .analysis import Analysis, Prepared
 from .inference import with_missing_genes
-from .run import STAGES, RunSettings, checked, opened_source
+from .run import RunSettings, checked, opened_source, stages_of
 from .single_cell import SingleCellPipeline
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def _prepared(data: "AnnData | str | Path", pipeline: SingleCellPipeline, run: R
     _add_batches(source, found.obs, pipeline, run.batch_key)
     labels = None if run.label_key is None else label_codes(found.obs, run.label_key)[0]
     source = with_missing_genes(source, columns)
-    skipped = {stage: "not part of the model" for stage, name in STAGES.items() if getattr(pipeline, name) is None}
+    stages = stages_of(pipeline.config)
+    skipped = {stage: "not part of the model" for stage, name in stages.items() if getattr(pipeline, name) is None}
     return Prepared(
         source, columns[present], tuple(np.asarray(pipeline.genes)[present]), found.matrix.shape[1],
         list(pipeline.batches), labels, skipped, found.counts, present,

@@ -26,6 +26,7 @@ from ..data.validate import check_ambient_profile, check_counts
 from ..errors import ConfigError, DataError, MissingKeyError
 from ..fitting import fit
 from ..operators.base import Config, Operator, _is_a, _say_type, nonnegative, positive
+from ..operators.normalization.phate import PHATEConfig
 from ..operators.normalization.umap import UMAPConfig
 from ..recording import recording
 from ..train import Settings
@@ -34,14 +35,24 @@ from .memory import check_memory
 from .single_cell import SingleCellPipeline, SingleCellPipelineConfig, create_single_cell_pipeline
 
 FROM_DATA = frozenset({"n_genes", "n_batches"})  # fields of the pipeline's config that the data decide
-FEWEST_FOR_MAP = UMAPConfig().n_neighbors
-STAGES = {
-    "ambient removal": "ambient_removal",
-    "normalisation": "vae_normalizer",
-    "batch correction": "batch_correction",
-    "UMAP": "dim_reduction",
-    "clustering": "clustering",
-}
+FEWEST_FOR_MAP = {"umap": UMAPConfig().n_neighbors, "phate": PHATEConfig().n_neighbors + 1}
+MAPS = {"umap": "UMAP", "phate": "PHATE"}
+
+
+def stages_of(config: SingleCellPipelineConfig) -> dict[str, str]:
+    """The stages of a pipeline, by the names that users read, and its attributes that hold them."""
+    return {
+        "ambient removal": "ambient_removal",
+        "normalisation": "vae_normalizer",
+        "batch correction": "vae_normalizer" if by_vae(config) else "batch_correction",
+        MAPS[config.embedding]: "dim_reduction",
+        "clustering": "clustering",
+    }
+
+
+def by_vae(config: SingleCellPipelineConfig) -> bool:
+    """Whether batches are corrected by the VAE, without a stage of their own."""
+    return config.enable_batch_correction and config.integration == "scvi"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,15 +312,23 @@ def _pipeline_for(
     switches = {"ambient removal": "enable_ambient_removal", "batch correction": "enable_batch_correction"}
     given = dict(settings)
     n_cells = prepared.source.n_cells
-    if n_cells < FEWEST_FOR_MAP:
-        prepared.skipped["UMAP"] = f"a neighbourhood is {FEWEST_FOR_MAP} cells, and there are {n_cells}"
+    method = given.get("embedding", SingleCellPipelineConfig.embedding)
+    drawn, fewest = MAPS[method], FEWEST_FOR_MAP[method]
+    if given.get("clustering") == "communities" and "n_clusters" in given:
+        msg = "communities find their number: leave out n_clusters (--n-clusters), or set resolution (--resolution)"
+        raise ConfigError(msg)
+    if "integration" in given and "batch correction" in prepared.skipped:
+        msg = f"integration is {given['integration']!r}, but {prepared.skipped['batch correction']}"
+        raise ConfigError(msg)
+    if n_cells < fewest:
+        prepared.skipped[drawn] = f"a neighbourhood is {fewest} cells, and there are {n_cells}"
     for stage, switch in switches.items():
         if stage in prepared.skipped and given.get(switch) is True:
             msg = f"{switch} is True, but {prepared.skipped[stage]}."
             raise ConfigError(msg)
     for stage, attribute in {
         **switches,
-        "UMAP": "enable_dim_reduction",
+        drawn: "enable_dim_reduction",
         "clustering": "enable_clustering",
     }.items():
         if given.get(attribute, True) is False:
@@ -319,13 +338,14 @@ def _pipeline_for(
     make = functools.partial(create_single_cell_pipeline, **given)
     check_memory(make, given["n_genes"], min(batch_size, n_cells))
     pipeline = make()
-    if given["enable_clustering"] and pipeline.config.n_clusters > n_cells:
-        msg = f"n_clusters must be at most the number of cells, {n_cells}, got {pipeline.config.n_clusters}."
+    config = pipeline.config
+    if config.enable_clustering and config.clustering == "kmeans" and config.n_clusters > n_cells:
+        msg = f"n_clusters must be at most the number of cells, {n_cells}, got {config.n_clusters}."
         raise ConfigError(msg)
     return pipeline
 
 
 def _stages(pipeline: SingleCellPipeline) -> dict[str, Operator]:
     """The enabled stages by the names that users read."""
-    parts = {name: getattr(pipeline, attribute) for name, attribute in STAGES.items()}
+    parts = {name: getattr(pipeline, attribute) for name, attribute in stages_of(pipeline.config).items()}
     return {name: part for name, part in parts.items() if part is not None}

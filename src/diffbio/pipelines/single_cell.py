@@ -12,22 +12,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..data.source import Source
-from ..errors import DataError, DataWarning, MissingKeyError
+from ..errors import ConfigError, DataError, DataWarning, MissingKeyError
 from ..history import History
-from ..operators.base import Config, Data, Operator, positive
-from ..operators.normalization.umap import DifferentiableUMAP, UMAPConfig
+from ..operators.base import Config, Data, Operator, one_of, positive
+from ..operators.normalization.umap import DifferentiableUMAP
 from ..operators.normalization.vae_normalizer import VAENormalizer, VAENormalizerConfig
 from ..operators.singlecell.ambient_removal import AmbientRemovalConfig, DifferentiableAmbientRemoval
-from ..operators.singlecell.harmony import BatchCorrectionConfig, DifferentiableHarmony
-from ..operators.singlecell.soft_clustering import SoftClusteringConfig, SoftKMeansClustering
+from ..operators.singlecell.harmony import DifferentiableHarmony
+from . import parts
 from .stages import fit_stages
 
 UNDECLARED_BATCHES = 16  # room kept for batch labels when n_batches is None and no data has been seen
-
-# Harmony's diversity penalty. The decoder already knows the batch, so that the latent space is mixed where types
-# are shared; a penalty on top (2 in the publication, which corrects PCs) merges types that some batch lacks: on
-# the lung cancer lines of benchmarks/quality/integration.py it lowers the purity of neighbourhoods from 0.99 to 0.86.
-PIPELINE_THETA = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +30,15 @@ class SingleCellPipelineConfig(Config):
     """Settings of `SingleCellPipeline`.
 
     n_genes: number of genes in the expression matrix.
+    integration: how batches are corrected in the latent space: "harmony"; "mmd" or "wgan", autoencoders for effects
+        that are not linear; "scvi": by the VAE alone, whose decoder knows the batches.
+    embedding: how the map is drawn: "umap" or "phate".
+    clustering: "kmeans", or "communities" of the neighbour graph, which finds their number.
     n_clusters: number of clusters for soft k-means.
+    resolution: of communities: more finds more of them; None is 1. k-means has none.
     latent_dim: dimension of the VAE latent space.
     hidden_dims: hidden layer dimensions of the VAE.
-    umap_n_components: number of UMAP output dimensions.
+    umap_n_components: number of output dimensions of the map, UMAP or PHATE.
     batch_correction_clusters: number of clusters for Harmony, at most; `fit` takes fewer for few cells, as the
         published program does (one per 30 cells).
     batch_correction_iterations: number of Harmony iterations.
@@ -50,11 +50,15 @@ class SingleCellPipelineConfig(Config):
     n_batches: number of batches. None: `fit`, and `apply` outside jit before training, take it from the data;
         under jit before that, labels 0-15 are understood.
 
-    Inside the pipeline Harmony runs without its diversity penalty (theta 0): see `PIPELINE_THETA`.
+    Inside the pipeline Harmony runs without its diversity penalty (theta 0): see `parts.PIPELINE_THETA`.
     """
 
     n_genes: int = positive(2000)
+    integration: str = one_of("harmony", "mmd", "wgan", "scvi")
+    embedding: str = one_of("umap", "phate")
+    clustering: str = one_of("kmeans", "communities")
     n_clusters: int = positive(10)
+    resolution: float | None = positive(None)
     latent_dim: int = positive(64)
     hidden_dims: tuple[int, ...] = positive((128, 64))
     umap_n_components: int = positive(2)
@@ -66,6 +70,21 @@ class SingleCellPipelineConfig(Config):
     enable_dim_reduction: bool = True
     enable_clustering: bool = True
     n_batches: int | None = positive(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resolution is not None and self.clustering == "kmeans":
+            msg = f'resolution {self.resolution} is of clustering="communities"; k-means takes n_clusters.'
+            raise ConfigError(msg)
+        unused: tuple[str, ...] = ("n_clusters", "clustering_temperature") if self.clustering != "kmeans" else ()
+        if self.integration != "harmony":
+            unused += ("batch_correction_clusters", "batch_correction_iterations")
+        for name in unused:
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                method = self.clustering if "cluster" in name and "batch" not in name else self.integration
+                msg = f"{name} {value} does nothing for method {method!r}; leave it out."
+                raise ConfigError(msg)
 
 
 class Analysed(TypedDict, total=False):
@@ -81,6 +100,8 @@ class Analysed(TypedDict, total=False):
 
 class SingleCellPipeline(Operator):
     """Counts -> ambient removal -> VAE normalisation -> Harmony -> parametric UMAP -> soft k-means.
+
+    For the last three the config names others: `integration`, `embedding`, `clustering`.
 
     Each stage is an operator of its own: `ambient_removal`, `vae_normalizer`, `batch_correction`,
     `dim_reduction`, `clustering`; a disabled one is None and the next stage reads what the last enabled one
@@ -104,30 +125,24 @@ class SingleCellPipeline(Operator):
     def _build(self, n_clusters: int, n_batches: int) -> None:
         config = self.config
 
-        def part(enabled: bool, cls: Any, settings: Any) -> Any:  # noqa: FBT001
-            return nnx.data(cls(settings, rngs=self.rngs) if enabled else None)
-
-        self.ambient_removal: DifferentiableAmbientRemoval | None = part(
-            config.enable_ambient_removal,
-            DifferentiableAmbientRemoval,
-            AmbientRemovalConfig(n_genes=config.n_genes),
-        )
+        width = config.latent_dim
+        ambient, drawn, grouped = None, None, None
+        if config.enable_ambient_removal:
+            ambient = DifferentiableAmbientRemoval(AmbientRemovalConfig(n_genes=config.n_genes), rngs=self.rngs)
+        self.ambient_removal: DifferentiableAmbientRemoval | None = nnx.data(ambient)
         self.vae_normalizer = self._vae(n_batches)
-        self.batch_correction: DifferentiableHarmony | None = nnx.data(
-            self._harmony(n_clusters, n_batches) if config.enable_batch_correction else None
-        )
-        self.dim_reduction: DifferentiableUMAP | None = part(
-            config.enable_dim_reduction,
-            DifferentiableUMAP,
-            UMAPConfig(n_components=config.umap_n_components, input_features=config.latent_dim),
-        )
-        self.clustering: SoftKMeansClustering | None = part(
-            config.enable_clustering,
-            SoftKMeansClustering,
-            SoftClusteringConfig(
-                n_clusters=config.n_clusters, n_features=config.latent_dim, temperature=config.clustering_temperature
-            ),
-        )
+        self.batch_correction: parts.Integration | None = nnx.data(self._integration(n_clusters, n_batches))
+        if config.enable_dim_reduction:
+            drawn = parts.map_of(
+                config.embedding, width=width, n_components=config.umap_n_components, rngs=self.rngs
+            )
+        self.dim_reduction: parts.Map | None = nnx.data(drawn)
+        if config.enable_clustering:
+            grouped = parts.clustering(
+                config.clustering, width=width, n_clusters=config.n_clusters,
+                temperature=config.clustering_temperature, resolution=config.resolution or 1.0, rngs=self.rngs,
+            )  # fmt: skip
+        self.clustering: parts.Clustering | None = nnx.data(grouped)
 
     def _vae(self, n_batches: int) -> VAENormalizer:
         config = VAENormalizerConfig(
@@ -139,15 +154,13 @@ class SingleCellPipeline(Operator):
         )
         return VAENormalizer(config, rngs=self.rngs)
 
-    def _harmony(self, n_clusters: int, n_batches: int) -> DifferentiableHarmony:
-        config = BatchCorrectionConfig(
-            n_clusters=n_clusters,
-            n_features=self.config.latent_dim,
-            n_batches=n_batches,
-            n_iterations=self.config.batch_correction_iterations,
-            theta=PIPELINE_THETA,
-        )
-        return DifferentiableHarmony(config, rngs=self.rngs)
+    def _integration(self, n_clusters: int, n_batches: int) -> parts.Integration | None:
+        if not self.config.enable_batch_correction:
+            return None
+        return parts.integration(
+            self.config.integration, width=self.config.latent_dim, n_batches=n_batches, n_clusters=n_clusters,
+            n_iterations=self.config.batch_correction_iterations, rngs=self.rngs,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -216,14 +229,18 @@ class SingleCellPipeline(Operator):
             loss = loss + metrics["ambient"]
             counts = self.ambient_removal(counts, inputs["ambient_profile"])["decontaminated_counts"]
         labelled = {} if labels is None else {"batch_labels": labels}
-        metrics["vae"], parts = self.vae_normalizer.objective({"counts": counts, **labelled}, kl_weight=kl_weight)
-        metrics |= {key: parts[key] for key in ("reconstruction", "kl")}
+        metrics["vae"], terms = self.vae_normalizer.objective({"counts": counts, **labelled}, kl_weight=kl_weight)
+        metrics |= {key: terms[key] for key in ("reconstruction", "kl")}
         loss = loss + metrics["vae"]
         embedding = self.vae_normalizer(counts, batch_labels=labels)["latent_mean"]
         if self.batch_correction is not None:
             assert labels is not None
+            if not isinstance(self.batch_correction, DifferentiableHarmony):
+                stage = parts.integration_inputs(self.batch_correction, embedding, labels)
+                metrics["integration"], _ = self.batch_correction.objective(stage)
+                loss = loss + metrics["integration"]
             embedding = self.batch_correction(embedding, labels)["corrected_embeddings"]
-        if self.dim_reduction is not None:
+        if isinstance(self.dim_reduction, DifferentiableUMAP):
             metrics["embedding"], _ = self.dim_reduction.objective({"features": embedding})
             loss = loss + embedding_weight * metrics["embedding"]
         if self.clustering is not None:
@@ -254,6 +271,14 @@ class SingleCellPipeline(Operator):
                 )
                 raise DataError(msg)
             n_batches = n_batches or largest + 1
+            sizes = np.bincount(labels)
+            if self.batch_correction is not None and self.config.integration in ("mmd", "wgan") and sizes.min() < 2:
+                few = int(sizes.argmin())
+                msg = (
+                    f"SingleCellPipeline: {self.config.integration!r} compares batches, but batch {few} has "
+                    f"{sizes[few]} cells; leave it out, or take another integration."
+                )
+                raise DataError(msg)
         n_batches = n_batches or 1
         n_clusters = max(1, min(self.config.batch_correction_clusters, round(n_cells / 30)))
         trained_for = self.vae_normalizer.config.n_batches
@@ -266,8 +291,8 @@ class SingleCellPipeline(Operator):
             self.vae_normalizer = self._vae(n_batches)
         if self.batch_correction is not None:
             held = self.batch_correction.config
-            if (held.n_clusters, held.n_batches) != (n_clusters, n_batches):
-                self.batch_correction = self._harmony(n_clusters, n_batches)
+            if (getattr(held, "n_clusters", n_clusters), held.n_batches) != (n_clusters, n_batches):
+                self.batch_correction = self._integration(n_clusters, n_batches)
         self.config = dataclasses.replace(self.config, n_batches=n_batches)
 
     def provided(self) -> dict[str, Any]:
@@ -286,15 +311,16 @@ class SingleCellPipeline(Operator):
         return "latent" if self.batch_correction is None else "corrected_embeddings"
 
     def _inputs(self, data: Data) -> dict[str, jax.Array]:
-        needs = {"ambient_profile": self.ambient_removal, "batch_labels": self.batch_correction}
-        for key, stage in needs.items():
-            if stage is not None and data.get(key) is None:
+        config = self.config
+        needs = {"ambient_profile": config.enable_ambient_removal, "batch_labels": config.enable_batch_correction}
+        for key, needed in needs.items():
+            if needed and data.get(key) is None:
                 switch = "enable_ambient_removal" if key == "ambient_profile" else "enable_batch_correction"
                 has = ", ".join(sorted(data)) or "nothing"
                 msg = f"SingleCellPipeline needs data[{key!r}] (or {switch}=False); data has {has}."
                 raise MissingKeyError(msg)
         inputs = super()._inputs({k: v for k, v in data.items() if v is not None})
-        if self.vae_normalizer.config.n_batches == 1 and self.batch_correction is None:
+        if self.vae_normalizer.config.n_batches == 1 and not self.config.enable_batch_correction:
             inputs.pop("batch_labels", None)  # one batch, or none declared: there is nothing to tell apart
         labels = inputs.get("batch_labels")
         if labels is not None and self.config.n_batches is None and not isinstance(labels, jax.core.Tracer):
@@ -309,7 +335,7 @@ class SingleCellPipeline(Operator):
     def _make_room(self, n_batches: int) -> None:
         self.vae_normalizer = self._vae(n_batches)
         if self.batch_correction is not None:
-            self.batch_correction = self._harmony(self.batch_correction.config.n_clusters, n_batches)
+            self.batch_correction = self._integration(self._harmony_clusters or 1, n_batches)
         (self.train_mode if self.training else self.eval_mode)()
 
     def learn_reference(self, data: Data) -> None:
@@ -318,7 +344,7 @@ class SingleCellPipeline(Operator):
         `diffbio.fit` does it; after a training loop of your own, call it before projecting new cells: without
         it Harmony corrects the cells it is given by themselves, as the published method does.
         """
-        if self.batch_correction is None:
+        if not isinstance(self.batch_correction, DifferentiableHarmony):
             return
         embeddings = self.normalise(data)["latent"]
         self.batch_correction.init_from({"embeddings": embeddings, "batch_labels": data["batch_labels"]})
@@ -331,15 +357,20 @@ class SingleCellPipeline(Operator):
         return jnp.where(known, 0.0, jnp.nan).astype(dtype)[:, None]
 
     def _adapt(self, header: Mapping[str, Any]) -> None:
-        if self.batch_correction is not None:
+        if header.get("harmony_clusters") is not None and self.batch_correction is not None:
             n_batches = self.batch_correction.config.n_batches
-            self.batch_correction = self._harmony(int(header["harmony_clusters"]), n_batches)
+            self.batch_correction = self._integration(int(header["harmony_clusters"]), n_batches)
         self.genes, self.batches = (tuple(map(str, header.get(key, ()))) for key in ("genes", "batches"))
 
     def _header(self) -> dict[str, Any]:
-        harmony = self.batch_correction
-        names = {"genes": list(self.genes), "batches": list(self.batches)}
-        return {"harmony_clusters": None if harmony is None else harmony.config.n_clusters, **names}
+        return {
+            "harmony_clusters": self._harmony_clusters, "genes": list(self.genes), "batches": list(self.batches),
+        }  # fmt: skip
+
+    @property
+    def _harmony_clusters(self) -> int | None:
+        part = self.batch_correction
+        return part.config.n_clusters if isinstance(part, DifferentiableHarmony) else None
 
     @classmethod
     def examples(cls) -> dict[str, tuple["SingleCellPipeline", Data]]:

@@ -17,11 +17,19 @@ from sklearn.cluster import KMeans
 from .. import storage
 from ..data.source import ArraySource, Source
 from ..errors import ModelFileError
+from ..fitting import optimizer_of
 from ..history import History
+from ..math.graph import fuzzy_simplicial_set
+from ..math.neighbors import knn
 from ..operators.base import Operator, to_numpy
+from ..operators.normalization.umap import DifferentiableUMAP, EdgeSampler
+from ..operators.singlecell.harmony import DifferentiableHarmony
+from ..operators.singlecell.soft_clustering import SoftKMeansClustering
 from ..scratch import remove, remove_stale
 from ..train import Sampler, Schedule, Settings, data_and_versions, same, told, train
+from .graph_clustering import N_NEIGHBORS, GraphClustering
 from .inference import MappedSource, apply_in_chunks, column, in_memory, joined, map_chunks
+from .parts import integration_inputs
 
 if TYPE_CHECKING:
     from .single_cell import SingleCellPipeline
@@ -69,9 +77,9 @@ class Run:
         *,
         sampler: Sampler | None = None,
         own: tuple[str, ...] = (),
-        frozen: str | None = None,
+        frozen: tuple[str, ...] = (),
     ) -> None:
-        """Trains `model`, but for its part `frozen`; of the user's settings those in `own` do not reach this stage.
+        """Trains `model`, but for its parts `frozen`; of the user's settings those in `own` do not reach this stage.
 
         The user's `max_epochs` is that of the VAE, and a limit for the other stages.
         """
@@ -83,7 +91,8 @@ class Run:
         settings = Settings(**{**defaults, **given, "max_epochs": epochs})
         self.chosen[stage] = dataclasses.asdict(settings)
         how = dict(self.how)
-        if frozen is not None:
+        how["optimizer"] = how.get("optimizer") or optimizer_of(model, settings.learning_rate)
+        if frozen:
             how["optimizer"] = all_but(frozen, optax.adam(settings.learning_rate))
         history = train(
             model,
@@ -120,11 +129,11 @@ class Run:
             save_progress(self)
 
 
-def all_but(frozen: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer` for all parameters except those of the part `frozen`, which stay as they are."""
+def all_but(frozen: tuple[str, ...], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` for all parameters except those of the parts `frozen`, which stay as they are."""
 
     def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, _: str(path[0].key) == frozen, params)
+        return jax.tree.map_with_path(lambda path, _: str(path[0].key) in frozen, params)
 
     return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, labels)
 
@@ -202,65 +211,93 @@ def _fit_vae(run: Run, optimizer: optax.GradientTransformation | None) -> None:
 
 
 def _fit_embedding(run: Run, reference: Source) -> None:
-    """Harmony, clusters and UMAP on the latent space as it stands."""
+    """Integration, clusters and map on the latent space as it stands."""
     pipeline = run.pipeline
-    features = _embedded(run, reference)
+    features = _integrated(run, reference, "integration", fresh=True)
     if pipeline.clustering is not None:
         pipeline.clustering.init_from({"embeddings": features})
         pipeline.clustering.mark_fitted()
-    if pipeline.dim_reduction is not None:
-        _fit_umap(run, features, "umap", fresh=True)
+    _fit_map(run, features, "umap", fresh=True)
 
 
 def _fit_jointly(run: Run, reference: Source, name: str) -> None:
-    """A round of training of the whole pipeline; then Harmony, clusters and UMAP settle on the moved latents."""
+    """A round of training of the whole pipeline; then the stages after the VAE settle on the moved latents."""
     pipeline = run.pipeline
-    features = _embedded(run, reference, learn=False)
-    sampler: Sampler | None = None
-    if pipeline.dim_reduction is not None and reference.n_cells > 2:
-        sampler = PerCell(pipeline.dim_reduction.sampler({"features": features}), reference.n_cells)
+    final = pipeline.final_embedding
+    features = joined(apply_in_chunks(pipeline, reference, [final]))[final]
+    edges = _edges(run, features)
+    sampler = None if edges is None else PerCell(edges, reference.n_cells)
     defaults = {**JOINT, "max_epochs": JOINT["max_epochs"] // JOINT_ROUNDS, "batch_size": 256}
     own = ("max_epochs", "learning_rate", "validation", "patience")
     limit = int(run.settings.get("max_epochs", 10**9))
     defaults["max_epochs"] = min(int(defaults["max_epochs"]), limit)
-    run.train(name, pipeline, reference, defaults, sampler=sampler, own=own, frozen="ambient_removal")
-    features = _embedded(run, reference)
-    if pipeline.clustering is not None:
+    # an adversary takes turns with its encoder, which a joint step does not: both rest until they settle
+    adversary = ("batch_correction",) if hasattr(pipeline.batch_correction, "alternation") else ()
+    frozen = ("ambient_removal", *adversary)
+    run.train(name, pipeline, reference, defaults, sampler=sampler, own=own, frozen=frozen)
+    features = _integrated(run, reference, f"integration after {name}", fresh=False)
+    if isinstance(pipeline.clustering, SoftKMeansClustering):
         centroids = pipeline.clustering.centroids
         centroids[...] = jnp.asarray(_settle(np.asarray(centroids[...]), features))
-    if pipeline.dim_reduction is not None:
-        _fit_umap(run, features, f"umap after {name}", fresh=False)
+    elif pipeline.clustering is not None:
+        pipeline.clustering.init_from({"embeddings": features})
+    _fit_map(run, features, f"umap after {name}", fresh=False)
 
 
-def _fit_umap(run: Run, features: np.ndarray, name: str, *, fresh: bool) -> None:
-    umap = run.pipeline.dim_reduction
-    assert umap is not None
-    data = {"features": features}
-    if fresh:
-        umap.init_from(data)
-    defaults = dict(umap.fit_defaults)
-    if not fresh:
-        defaults["max_epochs"] = max(1, defaults.get("max_epochs", 100) // 5)
-    run.train(name, umap, ArraySource(data), defaults, sampler=umap.sampler(data), own=("batch_size", "learning_rate"))
-
-
-def _embedded(run: Run, reference: Source, *, learn: bool = True) -> np.ndarray:
-    """The embedding that UMAP and the clusters read; with `learn`, Harmony is learned on it first."""
+def _integrated(run: Run, reference: Source, name: str, *, fresh: bool) -> np.ndarray:
+    """The embedding that map and clusters read, after its integration has been learned on the latents."""
     pipeline = run.pipeline
-    harmony = pipeline.batch_correction
-    if not learn:
-        return joined(apply_in_chunks(pipeline, reference, [pipeline.final_embedding]))[pipeline.final_embedding]
+    part = pipeline.batch_correction
     graph, state = nnx.split(pipeline)
 
     def latents(state: Any, batch: dict[str, Any]) -> dict[str, Any]:
         return {"latent": nnx.merge(graph, state).normalise(batch)["latent"]}
 
     latent: np.ndarray = joined(map_chunks(latents, state, reference))["latent"]
-    if harmony is None:
+    if part is None:
         return latent
-    data = {"embeddings": latent, "batch_labels": column(reference, "batch_labels")}
-    harmony.init_from(data)
-    return np.asarray(harmony.apply(data)[0]["corrected_embeddings"])
+    data = integration_inputs(part, latent, column(reference, "batch_labels"))
+    if isinstance(part, DifferentiableHarmony):
+        part.init_from(data)
+        return np.asarray(part.apply(data)[0]["corrected_embeddings"])
+    if fresh:
+        part.init_from(data)
+    _train_part(run, part, data, name, fresh=fresh, sampler=part.sampler(data))
+    return joined(apply_in_chunks(part, ArraySource(data), ["corrected_embeddings"]))["corrected_embeddings"]
+
+
+def _fit_map(run: Run, features: np.ndarray, name: str, *, fresh: bool) -> None:
+    part = run.pipeline.dim_reduction
+    if part is None:
+        return
+    data = {"features": features}
+    if isinstance(part, DifferentiableUMAP):
+        if fresh:
+            part.init_from(data)
+        _train_part(run, part, data, name, fresh=fresh, sampler=part.sampler(data))
+    else:
+        part.init_from(data)
+        part.mark_fitted()
+
+
+def _train_part(
+    run: Run, part: Operator, data: dict[str, Any], name: str, *, fresh: bool, sampler: Sampler | None = None
+) -> None:
+    """Trains a stage after the VAE; one that has been trained settles in a fifth of the epochs."""
+    defaults = dict(part.fit_defaults)
+    if not fresh:
+        defaults["max_epochs"] = max(1, defaults.get("max_epochs", 100) // 5)
+    run.train(name, part, ArraySource(data), defaults, sampler=sampler, own=("batch_size", "learning_rate"))
+
+
+def _edges(run: Run, features: np.ndarray) -> EdgeSampler | None:
+    """Pairs of neighbours, where a stage of the joint objective learns from them."""
+    pipeline, n_cells = run.pipeline, len(features)
+    if n_cells > 2 and isinstance(pipeline.dim_reduction, DifferentiableUMAP):
+        return pipeline.dim_reduction.sampler({"features": features})
+    if n_cells > 2 and isinstance(pipeline.clustering, GraphClustering):
+        return EdgeSampler(fuzzy_simplicial_set(*knn(features, min(N_NEIGHBORS, n_cells - 1))))
+    return None
 
 
 def _settle(centroids: np.ndarray, features: np.ndarray) -> np.ndarray:

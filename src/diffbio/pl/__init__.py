@@ -8,6 +8,7 @@ from .analysis import embed as embed
 from .analysis import highly_variable as highly_variable
 from .analysis import history_of as history_of
 from .analysis import integrate as integrate
+from .analysis import maps_of as maps_of
 from .analysis import normalize as normalize
 from .analysis import pipeline as pipeline
 from .analysis import stages_of as stages_of
@@ -22,6 +23,7 @@ from .annotation import annotate as annotate
 from .annotation import confidence as confidence
 from .annotation import confusion as confusion
 from .annotation import markers as markers
+from .archetypes import archetypes as archetypes
 from .doublets import doublets as doublets
 from .drawing import PALETTE as PALETTE
 from .drawing import codes_of as codes_of
@@ -30,4 +32,6 @@ from .drawing import record_of as record_of
 from .drawing import scatter as scatter
 from .droplets import call_cells as call_cells
 from .impute import impute as impute
+from .phate import phate as phate
 from .quality import quality as quality
+from .simulation import simulation as simulation

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import slots
 from ..errors import MissingKeyError
 from .drawing import (
     GREY,
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 MAP_WIDTH = 4.2  # inches
 NAMES_OF_MAPS = {
     "umap": "UMAP",
+    "phate": "PHATE",
     "pca": "PC",
     "latent": "latent",
     "harmony": "Harmony",
+    "mmd": "MMD",
+    "wgan": "WGAN",
     "integrated": "integrated",
 }
 
@@ -73,14 +77,23 @@ def vae(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None)
 
 def integrate(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draws the integrated embedding along its first two principal components, coloured by batch."""
-    key = "X_diffbio_integrated" if "X_diffbio_integrated" in adata.obsm else "X_diffbio_harmony"
+    keys = (slots.INTEGRATED, *(f"X_diffbio_{method}" for method in slots.INTEGRATIONS))
+    key = next((key for key in keys if key in adata.obsm), slots.INTEGRATED)
     return _map(adata, key, color or _batch_key(adata, "integrate", "pipeline"), ax)
 
 
 def embed(
-    adata: "AnnData", *, color: str | None = None, method: str = "umap", ax: "Axes | None" = None
+    adata: "AnnData", *, color: str | None = None, method: str | None = None, ax: "Axes | None" = None
 ) -> "Axes":
-    """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (clusters by default)."""
+    """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (clusters by default).
+
+    Args:
+        adata: cells with a map.
+        color: column of `obs`; None is the clusters.
+        method: "umap" or "phate"; None is the first that is there.
+        ax: to draw into.
+    """
+    method = method or next(iter(maps_of(adata)), "umap")
     return _map(adata, f"X_diffbio_{method}", color or _present(adata, "diffbio_cluster"), ax)
 
 
@@ -193,6 +206,11 @@ def colors_of(adata: "AnnData", *more: str | None) -> list[str]:
     """What maps are coloured by: clusters, batches, and `more` columns, those that are there."""
     wanted = [_present(adata, "diffbio_cluster"), _batch_key(adata, "pipeline", "integrate"), *more]
     return list(dict.fromkeys(name for name in wanted if name))
+
+
+def maps_of(adata: "AnnData") -> list[str]:
+    """The maps that are there: "umap", "phate"."""
+    return [method for method in slots.MAPS if f"X_diffbio_{method}" in adata.obsm]
 
 
 def stages_of(adata: "AnnData") -> list[str]:

@@ -88,8 +88,10 @@ def impute(
     columns = np.arange(adata.n_vars) if genes is None else _columns(adata, genes)
     learning: dict[str, Any] = {"progress": progress} | ({} if max_epochs is None else {"max_epochs": max_epochs})
     if method == "transformer":
-        _refuse(method, t=t != "auto", n_neighbors=n_neighbors != 5, decay=decay != 1.0, use_rep=use_rep is not None,
-                batch_key=batch_key is not None)  # fmt: skip
+        slots.refuse(
+            "pp.impute", method, t=t != "auto", n_neighbors=n_neighbors != 5, decay=decay != 1.0,
+            use_rep=use_rep is not None, batch_key=batch_key is not None,
+        )  # fmt: skip
         read = slots.variable_genes(adata, matrix)
         read = read if genes is None else np.union1d(read, columns)
         result = _by_transformer(matrix, read, random_state, learning)
@@ -100,7 +102,7 @@ def impute(
             result = result[:, np.searchsorted(read, columns)]
     else:
         if max_epochs is not None and t != "learned":
-            _refuse(f"diffusion, t={t!r}", max_epochs=True)
+            slots.refuse("pp.impute", f"diffusion, t={t!r}", max_epochs=True)
         config = DiffusionImputerConfig(
             n_neighbors=n_neighbors, decay=float(decay), diffusion_t=3.0 if isinstance(t, str) else float(t)
         )
@@ -230,14 +232,6 @@ def _check_t(t: float | str) -> None:
         return
     msg = f"pp.impute: t must be 'auto', 'learned' or a number from 0 to {MOST_STEPS}, got {t!r}."
     raise ConfigError(msg)
-
-
-def _refuse(method: str, **given: bool) -> None:
-    """Settings that would do nothing."""
-    for name, asked in given.items():
-        if asked:
-            msg = f"pp.impute: {name} does nothing for method {method!r}."
-            raise ConfigError(msg)
 
 
 def _columns(adata: "AnnData", genes: Sequence[str]) -> np.ndarray:

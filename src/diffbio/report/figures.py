@@ -32,11 +32,11 @@ DPI = 160
 def figures_of(adata: "AnnData") -> "dict[str, Figure]":
     """Every figure that the results in `adata` allow, by name."""
     drawn: dict[str, Any] = {}
-    if "X_diffbio_umap" in adata.obsm and adata.n_obs:
-        called = pl.CELL_TYPE if pl.CELL_TYPE in adata.obs else None
-        names: list[str | None] = [*pl.colors_of(adata, called, label_key(adata))] or [None]
+    called = pl.CELL_TYPE if pl.CELL_TYPE in adata.obs else None
+    names: list[str | None] = [*pl.colors_of(adata, called, label_key(adata))] or [None]
+    for method in pl.maps_of(adata) if adata.n_obs else ():
         for name in names:
-            drawn[f"umap_{name}" if name else "umap"] = pl.embed(adata, color=name)
+            drawn[f"{method}_{name}" if name else method] = pl.embed(adata, color=name, method=method)
     if "diffbio_cluster" in adata.obs:
         drawn["cluster_sizes"] = pl.cluster(adata)
     if "diffbio_ambient_fraction" in adata.obs:

@@ -36,6 +36,7 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 """
 TITLES = {
     "umap": "UMAP",
+    "phate": "PHATE",
     "cluster_sizes": "Cluster sizes",
     "ambient": "Ambient RNA",
     "quality": "Quality of the cells",
@@ -74,7 +75,7 @@ def page(adata: "AnnData") -> str:
     source = record.get("input", annotation.get("input", ""))
     with drawing():
         pictures = {name: inline(figure) for name, figure in figures_of(adata).items()}
-    maps = [name for name in pictures if name.startswith("umap")]
+    maps = [name for name in pictures if name.startswith(tuple(pl.maps_of(adata)))]
     others = [name for name in pictures if name not in (*maps, *OF_TYPES, "training")]
     parts = [
         f"<h1>diffbio report{': ' + text(source) if len(str(source)) else ''}</h1>",

@@ -8,6 +8,8 @@ from .pca import DifferentiablePCA as DifferentiablePCA
 from .pca import MatrixFreePCA as MatrixFreePCA
 from .pca import MatrixFreePCAConfig as MatrixFreePCAConfig
 from .pca import PCAConfig as PCAConfig
+from .phate import DifferentiablePHATE as DifferentiablePHATE
+from .phate import PHATEConfig as PHATEConfig
 from .projection import LearnableOrthogonalProjection as LearnableOrthogonalProjection
 from .projection import LearnableProjection as LearnableProjection
 from .projection import ProjectionConfig as ProjectionConfig

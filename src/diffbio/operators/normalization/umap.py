@@ -12,8 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...errors import ConfigError, DataError
+from ...math.distances import unit_rows
 from ...math.graph import Edges, find_ab_params, fuzzy_simplicial_set
 from ...math.linalg import pca
+from ...math.metrics import centred_rows
 from ...math.neighbors import knn
 from ..base import Config, Data, Operator, nonnegative, one_of, positive, setting
 
@@ -33,7 +35,7 @@ class UMAPConfig(Config):
         structure.
     min_dist: embedding distance below which neighbours are not pulled closer.
     spread: scale of the embedding; at least min_dist.
-    metric: "euclidean" or "cosine" distance between the cells' features.
+    metric: "euclidean", "cosine", "correlation" or "manhattan" distance between the cells' features.
     hidden_dim: width of the network's layers.
     n_layers: how many hidden layers; 0 is a linear map.
     n_negatives: weight of the random pairs pushed apart against the pairs of neighbours pulled together.
@@ -46,7 +48,7 @@ class UMAPConfig(Config):
     n_neighbors: int = setting(15, ">= 2", lambda v: v >= 2)
     min_dist: float = nonnegative(0.1)
     spread: float = positive(1.0)
-    metric: str = one_of("euclidean", "cosine")
+    metric: str = one_of("euclidean", "cosine", "correlation", "manhattan")
     hidden_dim: int = positive(100)
     n_layers: int = nonnegative(3)
     n_negatives: int = positive(5)
@@ -136,7 +138,7 @@ class DifferentiableUMAP(Operator):
     def init_from(self, data: dict[str, np.ndarray]) -> None:
         """Takes centre and scale from `data`; the linear map becomes its principal components."""
         x = np.asarray(data["features"], np.float32)
-        x = np.asarray(_directions(x)) if self.config.metric == "cosine" else x
+        x = np.asarray(self._seen(jnp.asarray(x)))
         center = x.mean(axis=0)
         scale = float(np.sqrt(((x - center) ** 2).mean()))
         self.center[...] = jnp.asarray(center)
@@ -175,9 +177,13 @@ class DifferentiableUMAP(Operator):
         }
 
     def _standardised(self, features: Float[Array, "cells features"]) -> Float[Array, "cells features"]:
-        if self.config.metric == "cosine":
-            features = _directions(features)
-        return (features - self.center[...]) / self.scale[...]
+        return (self._seen(features) - self.center[...]) / self.scale[...]
+
+    def _seen(self, features: Float[Array, "cells features"]) -> Float[Array, "cells features"]:
+        """What the metric leaves of the features: "cosine" knows no length, "correlation" no mean either."""
+        if self.config.metric not in ("cosine", "correlation"):
+            return features
+        return unit_rows(centred_rows(features) if self.config.metric == "correlation" else features)
 
     def _logit(self, gap: Float[Array, "*pairs components"]) -> Float[Array, "*pairs"]:
         """log(a d^(2b)) of embedding differences."""
@@ -222,10 +228,3 @@ class EdgeSampler:
         drawn = np.minimum(np.searchsorted(self.cumulative, at, side="right"), len(self.cumulative) - 1)
         drawn = rng.permutation(drawn).reshape(steps, pairs)
         return np.concatenate([self.rows[drawn], self.columns[drawn]], axis=1)
-
-
-def _directions(x: Any) -> Any:
-    """Rows of length 1: cosine distance knows no length; a zero row stays zero."""
-    squared = (x**2).sum(axis=1, keepdims=True)
-    return x / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
-

@@ -31,8 +31,8 @@ class UnionEdges(NamedTuple):
 class Edges(NamedTuple):
     """A weighted graph as a list of edges."""
 
-    rows: Int[np.ndarray, " edges"]
-    columns: Int[np.ndarray, " edges"]
+    rows: Int[Array | np.ndarray, " edges"]
+    columns: Int[Array | np.ndarray, " edges"]
     weights: Float[Array, " edges"]
 
 

@@ -139,7 +139,7 @@ def cells_may_come_in_any_order(op, data):
     hints = op.requires | op.provided()
     a, b = shuffle(run(op, data), hints), run(op, shuffle(data, op.requires))
     for k in op.provided():
-        if axes(hints[k]) == ("edges",):  # a list of edges is a matrix; the order of the list says nothing
+        if axes(hints[k]) == ["edges"]:  # a list of edges is a matrix; the order of the list says nothing
             if k not in op.cell_numbers:
                 np.testing.assert_allclose(
                     *(edge_matrix(op, out, hints, k, n_cells) for out in (a, b)), rtol=1e-3, atol=1e-4, err_msg=k
@@ -149,7 +149,7 @@ def cells_may_come_in_any_order(op, data):
 
 
 def edge_matrix(op, out, hints, weights, n_cells):
-    ends = [k for k in hints if axes(hints[k]) == ("edges",) and k in op.cell_numbers]
+    ends = [k for k in hints if axes(hints[k]) == ["edges"] and k in op.cell_numbers]
     return np.asarray(sparse.coo_array((out[weights], tuple(out[k] for k in ends)), shape=(n_cells, n_cells)).todense())
 
 

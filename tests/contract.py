@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import re
 import tempfile
+import typing
 from contextlib import suppress
 from pathlib import Path
 
@@ -305,7 +306,7 @@ def another_value(f, value):
     if isinstance(value, bool):
         return not value
     if value is None:
-        return (1, 1)
+        return 2 if int in typing.get_args(f.type) else (1, 1)
     if isinstance(value, str) and "wanted" not in f.metadata:
         return "another"
     if isinstance(value, str):

@@ -31,6 +31,8 @@ from .diffusion_imputation import DifferentiableDiffusionImputer as Differentiab
 from .diffusion_imputation import DiffusionImputerConfig as DiffusionImputerConfig
 from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoubletScorer
 from .doublet_detection import DoubletScorerConfig as DoubletScorerConfig
+from .fate_probability import DifferentiableFateProbability as DifferentiableFateProbability
+from .fate_probability import FateProbabilityConfig as FateProbabilityConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .mmd_batch_correction import DifferentiableMMDBatchCorrection as DifferentiableMMDBatchCorrection

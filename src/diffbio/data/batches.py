@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 type Batch = dict[str, NDArray[Any]]
 
 # Integer arrays under these names count or point at things; every other integer array is a measurement.
-INTEGER_ENDINGS = ("labels", "label", "indices", "index", "pairs", "edges", "graph", "rows", "columns", "root_cell")
+INTEGER_ENDINGS = ("labels", "label", "indices", "index", "pairs", "edges", "graph", "rows", "columns")
 
 
 def batch_dtype(key: str, dtype: np.dtype[Any]) -> np.dtype[Any]:

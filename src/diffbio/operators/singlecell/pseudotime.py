@@ -40,7 +40,7 @@ class PseudotimeConfig(Config):
     n_neighbors: size of a neighbourhood, the cell itself counted as in scanpy and Palantir; None is 15 for "dpt" and
         30 for "palantir".
     n_diffusion_components: eigenvectors of the Markov chain, the constant first one among them.
-    root_cell_index: row number of the cell that the process starts from; None reads it from `root_cell`.
+    root_cell_index: row number of the cell that the process starts from; None reads it from the data.
     metric: "euclidean", "cosine", "correlation" or "manhattan" distance between the cells' embeddings.
     n_branchings: how often a segment of the trajectory is divided into its branches, see `branches`.
     n_waypoints: of "palantir" only: cells that paths start from; None is 1200.
@@ -113,7 +113,7 @@ class DifferentiablePseudotime(Operator):
     """
 
     config: PseudotimeConfig
-    cell_numbers: ClassVar[frozenset[str]] = frozenset({"root_cell", "transition_rows", "transition_columns"})
+    cell_numbers: ClassVar[frozenset[str]] = frozenset({"root_cell_index", "transition_rows", "transition_columns"})
     rough_in: ClassVar[dict[str, str]] = {"time": "only the objective reads it"}
     fit_defaults: ClassVar[Mapping[str, Any]] = {"max_epochs": 60, "learning_rate": 0.03, "validation": 0.0}
 
@@ -131,12 +131,12 @@ class DifferentiablePseudotime(Operator):
     def __call__(
         self,
         embeddings: Float[Array, "cells features"],
-        root_cell: Int[Array, ""] | None = None,
+        root_cell_index: Int[Array, ""] | None = None,
         time: Float[Array, " cells"] | None = None,
     ) -> Pseudotime:
         """embeddings: of the cells, such as principal components.
 
-        root_cell: row number of the cell that the process starts from, unless the config names it.
+        root_cell_index: row number of the cell that the process starts from, unless the config names it.
         time: of cells of which it is known, 0 or more; NaN or -1 of others. Only `objective` reads it.
 
         Raises:
@@ -148,7 +148,7 @@ class DifferentiablePseudotime(Operator):
         config, n = self.config, len(embeddings)
         checked_finite(WHO, embeddings, key="embeddings")
         self._check_cells(embeddings)
-        root = self._root(root_cell, n)
+        root = self._root(root_cell_index, n)
         points = self.mapped(embeddings)
         kernel = self._kernel(points)
         matrix, total = symmetric_transitions(kernel, n)
@@ -225,14 +225,14 @@ class DifferentiablePseudotime(Operator):
     def _root(self, given: Array | None, n_cells: int) -> Array:
         index = self.config.root_cell_index
         if index is None and given is None:
-            msg = f"{WHO} needs data['root_cell'], the row number of the first cell; or config.root_cell_index."
+            msg = f"{WHO} needs data['root_cell_index'], the row number of the first cell; or config.root_cell_index."
             raise MissingKeyError(msg)
         if index is not None and given is not None:
-            msg = f"{WHO}: config.root_cell_index is {index}, and data has a 'root_cell' too; leave one of them out."
+            msg = f"{WHO}: config.root_cell_index is {index}, and data has one too; leave one of them out."
             raise DataError(msg)
         root = jnp.asarray(index if given is None else given)
         if not isinstance(root, jax.core.Tracer) and not 0 <= int(root) < n_cells:
-            name = "config.root_cell_index" if given is None else "data['root_cell']"
+            name = "config.root_cell_index" if given is None else "data['root_cell_index']"
             msg = f"{WHO}: {name} is {int(root)}, but row numbers of {n_cells} cells are 0 to {n_cells - 1}."
             raise DataError(msg)
         return root
@@ -286,9 +286,9 @@ class DifferentiablePseudotime(Operator):
         time = jnp.where(jnp.arange(16) % 3 == 1, jnp.nan, jnp.floor(4.0 * along))
         weights = op(n_diffusion_components=4, learn_metric="weights", n_features=3)
         return {
-            "dpt": (op(n_diffusion_components=4), {"embeddings": line, "root_cell": root, "time": time}),
-            "palantir": (op(n_diffusion_components=5, method="palantir"), {"embeddings": arc, "root_cell": root}),
-            "learned metric": (weights, {"embeddings": line, "root_cell": root, "time": time}),
+            "dpt": (op(n_diffusion_components=4), {"embeddings": line, "root_cell_index": root, "time": time}),
+            "palantir": (op(n_diffusion_components=5, method="palantir"), {"embeddings": arc, "root_cell_index": root}),
+            "learned metric": (weights, {"embeddings": line, "root_cell_index": root, "time": time}),
         }
 
 

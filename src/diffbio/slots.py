@@ -33,6 +33,9 @@ QUALITY_METRICS = ("diffbio_counts", "diffbio_genes", "diffbio_mitochondrial_sha
 QUALITY_THRESHOLDS = "quality_thresholds"
 ARCHETYPE_WEIGHTS, ARCHETYPES = "diffbio_archetype_weights", "diffbio_archetypes"
 ARCHETYPE_GENES, ARCHETYPE_QVALUES = "diffbio_archetype_genes", "diffbio_archetype_qvalues"
+OT = "diffbio_ot"
+FATE_PROB, MACROSTATE, MACROSTATE_PROB = "diffbio_fate_prob", "diffbio_macrostate", "diffbio_macrostate_prob"
+FATE, DRIVER_GENES, GENE_TRENDS = "diffbio_fate", "diffbio_driver_genes", "diffbio_gene_trends"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from .distances import safe_sqrt, squared_euclidean
 from .principal import principal_components
 
+LARGEST = 10.0  # standard deviations above the mean
 MOST_DENSE = 25_000_000  # pairs of cells of which an array is made
 MOST_ITERATIONS = 5000
 INNER = 10  # iterations between two looks at the error
@@ -38,6 +39,8 @@ class Coupling(NamedTuple):
     plan: Float[Array, "cells later_cells"]
     growth: Float[Array, " cells"]  # descendants of each cell
     error: Float[Array, ""]  # mass that is off its marginal condition, of the total
+    f: Float[Array, " cells"]  # potentials, in units of the cost
+    g: Float[Array, " later_cells"]
 
 
 class Potentials(NamedTuple):
@@ -45,7 +48,7 @@ class Potentials(NamedTuple):
 
     f: Float[Array, " cells"]
     g: Float[Array, " later_cells"]
-    error: Float[Array, ""]
+    error: Float[Array, ""]  # as in `Coupling`
 
 
 def ott() -> Any:
@@ -72,14 +75,16 @@ def local_components(
 ) -> tuple[Float[Array, "cells components"], Float[Array, "later_cells components"]]:
     """Principal components of both sets together, as Waddington-OT has them for each pair of time points.
 
-    Differentiable. `unit_variance` divides every gene by its standard deviation over both sets; a gene that does not
-    vary counts nothing. At most as many components as cells or genes.
+    Differentiable. `unit_variance` divides every gene by its standard deviation over both sets and cuts what lies more
+    than 10 of them above the mean down to 10; a gene that does not vary counts nothing. At most as many components as
+    cells or genes.
     """
     both = jnp.concatenate([x, y])
     both = both - both.mean(axis=0)
     if unit_variance:
         spread = safe_sqrt((both * both).mean(axis=0))
         both = both * jnp.where(spread > 1e-6, 1.0 / jnp.where(spread > 1e-6, spread, 1.0), 0.0)
+        both = jnp.minimum(both, LARGEST)
     scores = principal_components(both, min(n_components, *both.shape)).scores
     return scores[: len(x)], scores[len(x) :]
 
@@ -130,7 +135,7 @@ def coupling(
     start = Potentials(jnp.zeros(n, cost.dtype), jnp.zeros(m, cost.dtype), zero)
     given = jnp.log(growth).astype(cost.dtype)
     (refined, found), _ = jax.lax.scan(solve, (given, start), length=growth_iterations)
-    return Coupling(_plan(cost, found.f, found.g, epsilon), jnp.exp(refined), found.error)
+    return Coupling(_plan(cost, found.f, found.g, epsilon), jnp.exp(refined), found.error, found.f, found.g)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -153,9 +158,7 @@ def potentials(
     # ott's entropy has no reference measure; a constant cost puts 1 / (n m) in
     shifted = cost + epsilon * math.log(n * m)
     scheduled = INNER * math.ceil(max(math.log(max(1 / epsilon, 1.0)) / -math.log(DECAY), 1.0) / INNER)
-    geometry = lib.Geometry(
-        cost_matrix=shifted, epsilon=lib.Epsilon(epsilon, init=max(1 / epsilon, 1.0), decay=DECAY)
-    )
+    geometry = lib.Geometry(cost_matrix=shifted, epsilon=lib.Epsilon(epsilon, init=max(1 / epsilon, 1.0), decay=DECAY))
     problem = lib.LinearProblem(
         geometry, jnp.exp(log_a), jnp.exp(log_b), tau_a=_tau(lambda1, epsilon), tau_b=_tau(lambda2, epsilon)
     )
@@ -172,9 +175,7 @@ def potentials(
         f, g = at.f - epsilon * step_f, at.g - epsilon * step_g
         after = _residual(cost, log_a, log_b, f, g, regularisation)[2]
         better = after < error
-        return Potentials(
-            jnp.where(better, f, at.f), jnp.where(better, g, at.g), jnp.where(better, after, error)
-        ), None
+        return Potentials(jnp.where(better, f, at.f), jnp.where(better, g, at.g), jnp.where(better, after, error)), None
 
     at = Potentials(solved.f, solved.g, jnp.zeros((), cost.dtype))
     return jax.lax.scan(newton, at, length=NEWTON_STEPS)[0]

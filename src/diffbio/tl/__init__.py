@@ -5,6 +5,7 @@ from .archetypes import archetypes as archetypes
 from .cluster import cluster as cluster
 from .embed import embed as embed
 from .integrate import integrate as integrate
+from .ot_trajectory import ot_trajectory as ot_trajectory
 from .pipeline import pipeline as pipeline
 from .project import project as project
 from .simulate import simulate as simulate

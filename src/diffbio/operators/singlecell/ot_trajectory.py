@@ -29,7 +29,8 @@ class OTTrajectoryConfig(Config):
     interpolation_time: share of the interval, 0 to 1, at which `interpolated_counts` lies.
     n_components: principal components of the two time points together, between which costs are measured.
     transform: "log1p" of counts scaled to 10,000 a cell, or "none" for values that are normalised already.
-    unit_variance: whether each gene counts the same, divided by its standard deviation over both time points.
+    unit_variance: whether each gene counts the same: divided by its standard deviation over both time points, at most
+        10 of them above the mean.
     """
 
     n_genes: int = positive(2000)
@@ -62,7 +63,7 @@ class DifferentiableOTTrajectory(Operator):
     Row i of P is where cell i goes: n sum_j P_ij, its growth, is the expected number of its descendants. As in wot,
     the growth of each solve after the first is that of the plan before it; wot's own default is one solve. Two
     differences: genes are divided by their standard deviation before the components (`unit_variance`), and the plan's
-    total is the mean growth where wot's is n times that.
+    total is the mean growth, wot's n times that.
 
     `interpolated_counts` is the expectation of wot's interpolation, (1 - t) x_i + t y_j over the descendants j of
     cell i; the population at time t is made of these cells in proportion to growth_rates ** t. At t = 0 it is
@@ -70,7 +71,8 @@ class DifferentiableOTTrajectory(Operator):
 
     The gradient through the plan is exact, by the implicit function theorem (see `math.ot`), also through the refined
     growth, the median and the principal components. The plan is dense: at most 25 million pairs of cells. For more,
-    `tl.ot_trajectory` has plans of low rank, and `math.couplings` the functions behind it. There are no weights.
+    `tl.ot_trajectory` works through landmarks: plans of low rank, never held as an array, by the functions of
+    `math.couplings`. There are no weights.
     """
 
     config: OTTrajectoryConfig
@@ -104,7 +106,7 @@ class DifferentiableOTTrajectory(Operator):
                 checked_finite(WHO, values, key=key)
         if n * m > MOST_DENSE:
             msg = f"{WHO}: a plan of {n} x {m} cells is too large to be dense (at most {MOST_DENSE:,} pairs); use "
-            msg += "tl.ot_trajectory, which has plans of low rank, or fewer cells."
+            msg += "tl.ot_trajectory, which works through landmarks, or fewer cells."
             raise DataError(msg)
         growth = jnp.ones(n, counts_t1.dtype) if growth_rates is None else growth_rates
         check_growth(WHO, growth)
@@ -126,7 +128,7 @@ class DifferentiableOTTrajectory(Operator):
         }
 
     @classmethod
-    def examples(cls) -> dict[str, tuple[Operator, Data]]:
+    def examples(cls) -> dict[str, tuple["DifferentiableOTTrajectory", Data]]:
         """Two small time points: with a growth prior, and without on normalised values, nearly balanced."""
         keys = jax.random.split(jax.random.key(0), 3)
         means = jnp.exp(jax.random.normal(keys[0], (3, 7)) + 1.0)
@@ -137,7 +139,7 @@ class DifferentiableOTTrajectory(Operator):
         }
         prior = {"growth_rates": 0.5 + jnp.arange(len(early)) / 4.0}
 
-        def op(**settings: Any) -> Operator:
+        def op(**settings: Any) -> DifferentiableOTTrajectory:
             return cls(OTTrajectoryConfig(n_genes=7, n_components=3, **settings), rngs=nnx.Rngs(0))
 
         values = {key: jnp.log1p(counts) for key, counts in data.items()}

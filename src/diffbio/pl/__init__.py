@@ -32,6 +32,7 @@ from .drawing import record_of as record_of
 from .drawing import scatter as scatter
 from .droplets import call_cells as call_cells
 from .impute import impute as impute
+from .ot_trajectory import ot_trajectory as ot_trajectory
 from .phate import phate as phate
 from .quality import quality as quality
 from .simulation import simulation as simulation

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy import sparse
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .callbacks import on_host
 from .graph import Edges
 from .transitions import combined, normalized_rows, row_sums, to_scipy
@@ -129,6 +130,28 @@ def velocity_kernel(found: CosineLists, *, scale: float | None = None) -> Edges:
         unit = jnp.where(middle > 0, middle, 1.0)
         found = found._replace(cosines=found.cosines / unit)
     return transition_edges(found, scale=1.0 if scale is None else scale, self_transitions=False)
+
+
+def cosine_lists_of(matrix: Any) -> CosineLists:
+    """The stored entries of a sparse (cells, cells) matrix of cosines as lists, filled up with the cell itself.
+
+    Raises:
+        DataError: no entry at all.
+    """
+    entries = sparse.csr_array(matrix)
+    entries.sort_indices()
+    degree = np.diff(entries.indptr)
+    if not entries.nnz:
+        msg = "velocity_kernel: the matrix of cosines has no entries; is the velocity 0 everywhere?"
+        raise DataError(msg)
+    n, longest = len(degree), int(degree.max())
+    listed = np.arange(longest) < degree[:, None]
+    columns = np.repeat(np.arange(n)[:, None], longest, axis=1)
+    cosines = np.zeros((n, longest), np.float32)
+    columns[listed], cosines[listed] = entries.indices, entries.data
+    order = np.argsort(columns, axis=1, kind="stable")
+    parts = (columns, cosines, listed & (cosines != 0))
+    return CosineLists(*(jnp.asarray(np.take_along_axis(part, order, axis=1)) for part in parts))
 
 
 def combined_kernel(parts: Sequence[tuple[float, Edges]], n_cells: int) -> Edges:

@@ -36,6 +36,7 @@ ARCHETYPE_GENES, ARCHETYPE_QVALUES = "diffbio_archetype_genes", "diffbio_archety
 OT = "diffbio_ot"
 FATE_PROB, MACROSTATE, MACROSTATE_PROB = "diffbio_fate_prob", "diffbio_macrostate", "diffbio_macrostate_prob"
 FATE, DRIVER_GENES, GENE_TRENDS = "diffbio_fate", "diffbio_driver_genes", "diffbio_gene_trends"
+PSEUDOTIME, DIFFMAP, BRANCH = "diffbio_pseudotime", "X_diffbio_diffmap", "diffbio_branch"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
 

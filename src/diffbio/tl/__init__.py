@@ -4,9 +4,13 @@ from .annotate import annotate as annotate
 from .archetypes import archetypes as archetypes
 from .cluster import cluster as cluster
 from .embed import embed as embed
+from .fate import driver_genes as driver_genes
+from .fate import fate as fate
+from .gene_trends import gene_trends as gene_trends
 from .integrate import integrate as integrate
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .pipeline import pipeline as pipeline
 from .project import project as project
+from .pseudotime import pseudotime as pseudotime
 from .simulate import simulate as simulate
 from .vae import vae as vae

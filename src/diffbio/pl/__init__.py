@@ -34,5 +34,6 @@ from .droplets import call_cells as call_cells
 from .impute import impute as impute
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .phate import phate as phate
+from .pseudotime import pseudotime as pseudotime
 from .quality import quality as quality
 from .simulation import simulation as simulation

@@ -31,6 +31,9 @@ from .drawing import color_of as color_of
 from .drawing import record_of as record_of
 from .drawing import scatter as scatter
 from .droplets import call_cells as call_cells
+from .fate import driver_genes as driver_genes
+from .fate import fate as fate
+from .gene_trends import gene_trends as gene_trends
 from .impute import impute as impute
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .phate import phate as phate

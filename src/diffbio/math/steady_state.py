@@ -3,6 +3,7 @@
 La Manno et al. 2018, Nature 560:494; Bergen et al. 2020, Nature Biotechnology 38:1408, as scVelo 0.3.4 has them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ class Ratios(NamedTuple):
     velocity_genes: Bool[Array, " genes"]
 
 
+@functools.partial(jax.jit, static_argnames=("share", "temperature",))
 def upper_tail(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"] | None,
@@ -46,6 +48,7 @@ def upper_tail(
     return (score >= bound).astype(score.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("share", "temperature",))
 def steady_state(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"],
@@ -67,6 +70,7 @@ def steady_state(
     return Ratios(gamma, r2, jnp.where(found.sum() < FEWEST_GENES, some, found))
 
 
+@functools.partial(jax.jit, static_argnames=("share", "temperature",))
 def stochastic(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"],

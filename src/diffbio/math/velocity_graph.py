@@ -4,6 +4,7 @@ Bergen et al. 2020, as scVelo 0.3.4. Every cell has a list of candidates, itself
 that is listed twice counts once. All lists have one length, so that the functions work inside jit.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from .graph import Edges
 
 CELLS_AT_ONCE = 16  # whose candidates' genes are held in memory
 SURE_QUANTILE = 0.98  # of the cells' largest cosines: no cell that is surer may stay where it is
-NODES_OF_SOLVER = 200  # conjugate gradient steps at most
+ROUNDING = 64  # cells this many rounding errors apart are at one place: cells of one neighbourhood have equal moments
+STEPS_OF_SOLVER = 200  # of conjugate gradients at most
 
 
 class CosineLists(NamedTuple):
@@ -26,6 +28,7 @@ class CosineLists(NamedTuple):
     listed: Bool[Array, "cells candidates"]  # False: seen before in the row, or a direction that is none
 
 
+@functools.partial(jax.jit, static_argnames=("reach",))
 def candidates(indices: Int[Array, "cells neighbors"], *, reach: int = 2) -> Int[Array, "cells candidates"]:
     """The cell itself and its neighbours, with reach 2 the neighbours of these too; sorted, with repeats."""
     own = jnp.arange(len(indices), dtype=indices.dtype)[:, None]
@@ -35,12 +38,13 @@ def candidates(indices: Int[Array, "cells neighbors"], *, reach: int = 2) -> Int
     return jnp.sort(jnp.concatenate(found, axis=1), axis=1)
 
 
+@functools.partial(jax.jit, static_argnames=("variance_stabilized",))
 def cosine_lists(
     positions: Float[Array, "cells genes"],
     velocity: Float[Array, "cells genes"],
     columns: Int[Array, "cells candidates"],
     *,
-    genes: Float[Array, " genes"] | None = None,
+    genes: Bool[Array, " genes"] | None = None,
     variance_stabilized: bool = False,
 ) -> CosineLists:
     """Pearson correlation of v_i with x_j - x_i for every candidate j; -1 to 1.
@@ -51,7 +55,7 @@ def cosine_lists(
         positions: x, moments of spliced counts.
         velocity: v.
         columns: as of `candidates`, sorted along each row.
-        genes: 1 for genes that are compared, 0 for others; None is all.
+        genes: those that are compared; None is all.
         variance_stabilized: compares sign(v) sqrt|v| with the same of x_j - x_i.
     """
     used = jnp.ones(positions.shape[1], positions.dtype) if genes is None else genes.astype(positions.dtype)
@@ -64,11 +68,13 @@ def cosine_lists(
     def row(cell: tuple[jax.Array, ...]) -> jax.Array:
         others, own, direction, norm = cell
         gap = positions[others] - own
+        real = (gap * gap * used).sum(axis=1) > (ROUNDING * jnp.finfo(own.dtype).eps) ** 2 * (own * own * used).sum()
         if variance_stabilized:
             gap = _signed_root(gap)
         gap = _centred(gap, used, count)
         both = safe_norm(gap) * norm
-        return jnp.where(both > 0, gap @ direction / jnp.where(both > 0, both, 1.0), 0.0)
+        points = real & (both > 0)
+        return jnp.where(points, gap @ direction / jnp.where(points, both, 1.0), 0.0)
 
     cosines = jax.lax.map(row, (columns, positions, moved, length), batch_size=CELLS_AT_ONCE)
     repeated = jnp.concatenate([jnp.zeros((len(columns), 1), bool), columns[:, 1:] == columns[:, :-1]], axis=1)
@@ -81,6 +87,7 @@ def surest(found: CosineLists) -> Float[Array, " cells"]:
     return jnp.maximum(found.cosines.max(axis=1), 0.0)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "self_transitions",))
 def transition_edges(found: CosineLists, *, scale: float = 10.0, self_transitions: bool = True) -> Edges:
     """The Markov chain P(i -> j) = exp(scale cos_ij) / sum over the candidates j of i.
 
@@ -107,11 +114,12 @@ def transition_edges(found: CosineLists, *, scale: float = 10.0, self_transition
     return Edges(rows, found.columns.ravel(), weights.ravel())
 
 
+@jax.jit
 def confidence(
     velocity: Float[Array, "cells genes"],
     indices: Int[Array, "cells neighbors"],
     *,
-    genes: Float[Array, " genes"] | None = None,
+    genes: Bool[Array, " genes"] | None = None,
 ) -> Float[Array, " cells"]:
     """Mean correlation of a cell's velocity with those of its neighbours (scVelo's `velocity_confidence`), not clipped."""
     used = jnp.ones(velocity.shape[1], velocity.dtype) if genes is None else genes.astype(velocity.dtype)
@@ -126,6 +134,7 @@ def confidence(
     return jax.lax.map(column, indices.T).mean(axis=0)
 
 
+@functools.partial(jax.jit, static_argnames=("scale",))
 def projected(
     found: CosineLists, embedding: Float[Array, "cells components"], *, scale: float = 10.0
 ) -> Float[Array, "cells components"]:
@@ -154,6 +163,7 @@ def projected(
     return jax.lax.map(row, (found.columns, embedding, weight), batch_size=1024)
 
 
+@functools.partial(jax.jit, static_argnames=("ridge",))
 def potential(
     indices: Int[Array, "cells neighbors"], cosines: Float[Array, "cells neighbors"], *, ridge: float = 1e-3
 ) -> Float[Array, " cells"]:
@@ -184,7 +194,7 @@ def potential(
     precision = 1e-12 if cosines.dtype == jnp.float64 else 1e-7
     goal = to_cells(cosines)
     t, _ = jax.scipy.sparse.linalg.cg(
-        laplacian, goal, tol=precision, maxiter=NODES_OF_SOLVER, M=lambda r: r / degree
+        laplacian, goal, tol=precision, maxiter=STEPS_OF_SOLVER, M=lambda r: r / degree
     )
     return t
 

@@ -1,5 +1,7 @@
 """Means of spliced and unspliced counts over neighbourhoods of cells, as RNA velocity reads them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,6 +11,7 @@ from .diffusion import Markov, step
 MIDDLE = 0.5  # quantile of the totals that a cell's counts are scaled to
 
 
+@jax.jit
 def size_normalized(counts: Float[Array, "cells genes"]) -> Float[Array, "cells genes"]:
     """Counts of every cell scaled to the median of the cells' totals (scVelo's `normalize_per_cell`).
 
@@ -19,6 +22,7 @@ def size_normalized(counts: Float[Array, "cells genes"]) -> Float[Array, "cells 
     return counts * jnp.where(totals > 0, goal / jnp.where(totals > 0, totals, 1.0), 0.0)[:, None]
 
 
+@functools.partial(jax.jit, static_argnames=("dtype",))
 def neighborhood(indices: Int[Array, "cells neighbors"], dtype: jnp.dtype) -> Markov:
     """The chain whose step is a mean over a cell, its neighbours, and the cells of which it is a neighbour.
 
@@ -39,6 +43,7 @@ def neighborhood(indices: Int[Array, "cells neighbors"], dtype: jnp.dtype) -> Ma
     return Markov(indices, weights, 1.0 + (weights.sum(axis=1) + incoming) / 2)
 
 
+@jax.jit
 def moments(around: Markov, x: Float[Array, "cells genes"]) -> Float[Array, "cells genes"]:
     """Mean of x over the neighbourhood of every cell; of products of counts, a second moment."""
     return step(around, x)

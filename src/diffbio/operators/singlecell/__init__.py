@@ -53,5 +53,7 @@ from .solo_detection import DifferentiableSoloDetector as DifferentiableSoloDete
 from .solo_detection import SoloDetectorConfig as SoloDetectorConfig
 from .transformer_denoiser import DifferentiableTransformerDenoiser as DifferentiableTransformerDenoiser
 from .transformer_denoiser import TransformerDenoiserConfig as TransformerDenoiserConfig
+from .velocity import DifferentiableVelocity as DifferentiableVelocity
+from .velocity import VelocityConfig as VelocityConfig
 from .wgan_batch_correction import DifferentiableWGANBatchCorrection as DifferentiableWGANBatchCorrection
 from .wgan_batch_correction import WGANBatchCorrectionConfig as WGANBatchCorrectionConfig

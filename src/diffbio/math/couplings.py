@@ -189,8 +189,8 @@ def _landmark_potentials(
 
 
 def _own_potentials(
-    x: Points, late: Points, g: np.ndarray, share: np.ndarray, log_growth: np.ndarray, scale: float,
-    strengths: tuple[float, float, float],
+    x: Points, late: Float[np.ndarray, "landmarks features"], g: np.ndarray, share: np.ndarray,
+    log_growth: np.ndarray, scale: float, strengths: tuple[float, float, float],
 ) -> np.ndarray:  # fmt: skip
     """The f of each cell by which its row of the coupling has the sum growth exp(-f / lambda1)."""
     epsilon, lambda1, _ = strengths

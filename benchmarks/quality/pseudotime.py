@@ -369,6 +369,8 @@ def cost(n_cells: int, *, peer: bool) -> None:
         print(f"  value and gradient: {timed(slope)[1]:.1f} CPU s", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"  peak {peak:.2f} GiB", flush=True)
+    if peer:
+        _scanpy_cost(x, t, root, timed)
     found, seconds = timed(lambda: ours(x, root, method="palantir"))
     print(f"  palantir mode: {seconds:.1f} CPU s, Spearman {rho(found['pseudotime'], t):.4f}", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -390,7 +392,7 @@ def _graph_of(found: dict[str, np.ndarray], n_cells: int) -> Any:
 
 
 def _scanpy_cost(x: np.ndarray, t: np.ndarray, root: int, timed: Any) -> None:
-    """scanpy's steps; its `pp.neighbors` fails above 8192 cells with scipy 1.18, so its two calls are made here."""
+    """Scanpy's steps; its `pp.neighbors` fails above 8192 cells with scipy 1.18, so its two calls are made here."""
     import anndata
     import scanpy as sc
     from pynndescent import NNDescent

@@ -26,6 +26,7 @@ DENSE_UP_TO = 300  # cells of which all eigenvectors are computed: there ARPACK 
 LEAST_GAP = 1e-6  # of eigenvalues; gradients of single vectors are bounded by its inverse
 LEAST_SHIFT = 1e-8  # keeps l_b - T definite where the last eigenvalue found and the first one not found are equal
 LEAST_SCALE = 1e-6
+SINGLE_PRECISION = 1e-10  # relative error of eigenvalues that float32 does not show
 MOST_STEPS = 5000  # of conjugate gradients
 
 
@@ -120,7 +121,8 @@ def _decomposed(
         values, vectors = values[largest], vectors[:, largest]
     else:
         start = np.random.default_rng(0).standard_normal(n)
-        values, vectors = eigsh(matrix, k=k, which="LM", v0=start)
+        precise = 0.0 if weights.dtype == np.float64 else SINGLE_PRECISION
+        values, vectors = eigsh(matrix, k=k, which="LM", v0=start, tol=precise)
         order = np.argsort(values, kind="stable")
         values, vectors = values[order], vectors[:, order]
     values, vectors = values[::-1], vectors[:, ::-1]

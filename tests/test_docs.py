@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from branching_cells import branching_cells
 from toy_cells import toy_cells
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,13 @@ def batches_page():
     return {"adata": cells[:, np.asarray(cells.X.sum(axis=0)).ravel() > 0].copy()}
 
 
+def trajectories_page():
+    """Cells of a process that divides."""
+    return {"adata": branching_cells()}
+
+
 PRELUDES = {
+    "trajectories.md": trajectories_page,
     "batches_maps_groups.md": batches_page,
     "quality_control.md": quality_page,
     "single_cell_pipeline.md": pipeline_page,

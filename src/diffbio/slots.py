@@ -36,6 +36,13 @@ ARCHETYPE_GENES, ARCHETYPE_QVALUES = "diffbio_archetype_genes", "diffbio_archety
 OT = "diffbio_ot"
 FATE_PROB, MACROSTATE, MACROSTATE_PROB = "diffbio_fate_prob", "diffbio_macrostate", "diffbio_macrostate_prob"
 FATE, DRIVER_GENES, GENE_TRENDS = "diffbio_fate", "diffbio_driver_genes", "diffbio_gene_trends"
+VELOCITY, VELOCITY_GENES, VELOCITY_CONFIDENCE = (
+    "diffbio_velocity",
+    "diffbio_velocity_genes",
+    "diffbio_velocity_confidence",
+)
+VELOCITY_GRAPH, VELOCITY_TRANSITION = "diffbio_velocity_graph", "diffbio_velocity_transition"
+LATENT_TIME = "diffbio_latent_time"
 PSEUDOTIME, DIFFMAP, BRANCH = "diffbio_pseudotime", "X_diffbio_diffmap", "diffbio_branch"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 
@@ -88,9 +95,7 @@ def counts(adata: "AnnData", layer: str | None = None) -> Any:
         DataError: no counts there, or values that are none.
     """
     if adata.isbacked:
-        msg = (
-            "the AnnData is backed by a file; call adata.to_memory() first, or run `diffbio run` on the file"
-        )
+        msg = "the AnnData is backed by a file; call adata.to_memory() first, or run `diffbio run` on the file"
         raise DataError(msg)
     matrix = counts_of(adata, layer=layer)
     check_counts(

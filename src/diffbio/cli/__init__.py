@@ -23,9 +23,7 @@ def run_command(arguments: list[str]) -> int:
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's, which typer carries under a private name
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a name in another alphabet must not end a run in a C locale
+            stream.reconfigure(errors="replace")  # a name in another alphabet must not end a run in a C locale
     try:
         with signals(), warnings_shown(debug=debug):
             code = app(arguments, prog_name="diffbio", standalone_mode=False)

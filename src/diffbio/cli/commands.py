@@ -28,6 +28,7 @@ from .options import (
 from .places import HEADER, check_model, check_places, conclude, held, make, on_disk, settings_from
 from .steps import Steps, through
 from .streams import say, told
+from .trajectory import trajectory
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -64,9 +65,7 @@ def demo(
     from ..data.write import write_results
     from ..report.figures import DEMO_FILES
 
-    strangers = (
-        sorted(p.name for p in folder.iterdir() if p.name not in DEMO_FILES) if folder.is_dir() else []
-    )
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in DEMO_FILES) if folder.is_dir() else []
     if strangers:
         msg = f"holds {strangers[0]!r}, which the demo did not make; {folder}; name another folder"
         raise OutputError(msg)
@@ -93,9 +92,7 @@ def run(
     ] = None,
     batch_key: Annotated[str | None, typer.Option(help="Column of obs to correct for.")] = None,
     label_key: LabelKey = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; options on the line win.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options on the line win.")] = None,
     figures: Figures = None,
     layer: Layer = None,
     ambient_profile: Profile = None,
@@ -129,9 +126,7 @@ def run(
         float | None, typer.Option(help="Of communities: more finds more of them. [default: 1]")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cells at most, in each stage.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Cells in a minibatch; fewer need less memory.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Cells in a minibatch; fewer need less memory.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random. [default: 0]")] = None,
     stream: Stream = None,
     normalized: Normalized = False,
@@ -284,6 +279,9 @@ def annotate(
         found.save(save_model)
     write_results(cells, output, results, overwrite=force)
     conclude(found.summary(results), [output] if save_model is None else [output, save_model], figures)
+
+
+app.command()(trajectory)
 
 
 @app.command()

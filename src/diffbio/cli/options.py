@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-AllowNonInteger = Annotated[
-    bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")
-]
+AllowNonInteger = Annotated[bool, typer.Option("--allow-non-integer", help="Accept counts that are not whole numbers.")]
 Cells = Annotated[Path, typer.Argument(help="Counts: .h5ad, .zarr, 10x .h5, or a 10x folder.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The .h5ad or .zarr to write.")]
 Figures = Annotated[Path | None, typer.Option(help="Folder for figures and report.html.")]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .streams import say
+from .streams import progress
 
 MITOCHONDRIAL = "MT-"  # what the names of mitochondrial genes start with, in man and, in any case, mouse
 
@@ -103,7 +103,7 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
     if cells is None:
         assert steps.raw is not None
         adata = read(steps.raw)
-        _progress("calling cells among the droplets", quiet)
+        progress("calling cells among the droplets", quiet)
         pp.call_cells(adata, random_state=settings.get("seed", 0))
         n_droplets = adata.n_obs
         adata = adata[adata.obs[slots.IS_CELL].to_numpy()].copy()
@@ -114,17 +114,15 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
     flagged = None
     more: dict[str, Any]
     if steps.quality:
-        _progress("weighing cells by their quality", quiet)
+        progress("weighing cells by their quality", quiet)
         known = adata.var_names.str.upper().str.startswith(MITOCHONDRIAL).any()
         if not known:
             lines.append(f"no gene's name starts with {MITOCHONDRIAL}: quality is by counts and detected genes alone")
-        pp.quality(
-            adata, mitochondrial=MITOCHONDRIAL if known else None, batch_key=settings.get("batch_key"), **common
-        )
+        pp.quality(adata, mitochondrial=MITOCHONDRIAL if known else None, batch_key=settings.get("batch_key"), **common)
         flagged = ~adata.obs[slots.QUALITY_PASS].to_numpy()
         lines.append(f"{int(flagged.sum()):,} of {adata.n_obs:,} cells are of low quality")
     if steps.doublets is not None:
-        _progress(f"scoring doublets ({steps.doublets})", quiet)
+        progress(f"scoring doublets ({steps.doublets})", quiet)
         more = {} if steps.doublet_rate is None else {"expected_rate": steps.doublet_rate}
         if steps.doublets == "solo":
             more |= {"max_epochs": settings.get("max_epochs"), "progress": not quiet}
@@ -144,7 +142,7 @@ def through(cells: Path | None, steps: Steps, *, on_disk: bool, settings: dict[s
         pp.normalize(adata, method=steps.normalize, layer=settings.get("layer"))
         lines.append(f"layers[{slots.NORMALIZED!r}] holds {steps.normalize} values")
     if steps.impute is not None:
-        _progress(f"imputing ({steps.impute})", quiet)
+        progress(f"imputing ({steps.impute})", quiet)
         genes = None if settings.get("n_top_genes", 2000) is None else _chosen(adata, settings)
         if steps.impute == "diffusion":
             more = {"batch_key": settings.get("batch_key")}  # batches are not averaged into each other
@@ -166,8 +164,3 @@ def _chosen(adata: Any, settings: dict[str, Any]) -> list[str]:
         return list(adata.var_names)
     pp.highly_variable(adata, n_top_genes=wanted, batch_key=settings.get("batch_key"), layer=settings.get("layer"))
     return list(adata.var_names[adata.var[slots.VARIABLE].to_numpy()])
-
-
-def _progress(what: str, quiet: bool) -> None:  # noqa: FBT001
-    if not quiet:
-        say(f"{what} ...", err=True)

@@ -20,6 +20,12 @@ def say(line: str, *, err: bool = False) -> None:
         _abandon(stream)
 
 
+def progress(what: str, quiet: bool) -> None:  # noqa: FBT001
+    """Says on stderr what is going on, unless it is to be quiet."""
+    if not quiet:
+        say(f"{what} ...", err=True)
+
+
 def _abandon(stream: Any) -> None:
     """Lets all further output of `stream` go nowhere."""
     with contextlib.suppress(OSError, ValueError, AttributeError):

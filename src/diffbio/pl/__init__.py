@@ -40,3 +40,4 @@ from .phate import phate as phate
 from .pseudotime import pseudotime as pseudotime
 from .quality import quality as quality
 from .simulation import simulation as simulation
+from .velocity import velocity as velocity

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
         drawn["ambient"] = pl.ambient(adata)
     if pl.CELL_TYPE in adata.obs and adata.n_obs:
         drawn |= _annotation(adata)
-    figures = {name: ax.figure for name, ax in drawn.items()} | _steps(adata)
+    figures = {name: ax.figure for name, ax in drawn.items()} | _steps(adata) | _trajectory(adata)
     if stages := pl.stages_of(adata):
         figures["training"] = _training(adata, stages)
     return figures
@@ -150,6 +150,24 @@ def _steps(adata: "AnnData") -> "dict[str, Figure]":
     for name, draw in (("quality", pl.quality), ("doublets", pl.doublets), ("imputation", pl.impute)):
         with suppress(MissingKeyError):  # that step was not taken
             drawn[name] = np.ravel(np.asarray(draw(adata), dtype=object))[0].figure
+    return drawn
+
+
+def _trajectory(adata: "AnnData") -> "dict[str, Figure]":
+    """Figures of what `diffbio trajectory` found."""
+    groups = _column_named(adata, "pseudotime", "groupby")
+    draw: dict[str, Callable[[], Any]] = {
+        "pseudotime": lambda: pl.pseudotime(adata, groupby=groups),
+        "fate": lambda: pl.fate(adata),
+        "driver_genes": lambda: pl.driver_genes(adata),
+        "gene_trends": lambda: pl.gene_trends(adata),
+        "velocity": lambda: pl.velocity(adata, color=groups),
+        "ot_trajectory": lambda: pl.ot_trajectory(adata),
+    }
+    drawn: dict[str, Figure] = {}
+    for name, figure in draw.items() if adata.n_obs else ():
+        with suppress(MissingKeyError, DataError):  # that was not asked for, or there is nothing to draw
+            drawn[name] = np.ravel(np.asarray(figure(), dtype=object))[0].figure
     return drawn
 
 

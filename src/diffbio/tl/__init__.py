@@ -14,3 +14,4 @@ from .project import project as project
 from .pseudotime import pseudotime as pseudotime
 from .simulate import simulate as simulate
 from .vae import vae as vae
+from .velocity import velocity as velocity

@@ -82,9 +82,7 @@ def integrate(adata: "AnnData", *, color: str | None = None, ax: "Axes | None" =
     return _map(adata, key, color or _batch_key(adata, "integrate", "pipeline"), ax)
 
 
-def embed(
-    adata: "AnnData", *, color: str | None = None, method: str | None = None, ax: "Axes | None" = None
-) -> "Axes":
+def embed(adata: "AnnData", *, color: str | None = None, method: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """Draws the map of `tl.embed` or `tl.pipeline`, coloured by a column of `obs` (clusters by default).
 
     Args:
@@ -227,10 +225,7 @@ def history_of(adata: "AnnData") -> dict[str, np.ndarray]:
     if "loss" not in history or "stage" not in history:
         msg = 'uns["diffbio"]["pipeline"] has no training history; run tl.pipeline or `diffbio run` first'
         raise MissingKeyError(msg)
-    return {
-        str(k): np.asarray(v).astype(str) if k == "stage" else np.asarray(v, float)
-        for k, v in history.items()
-    }
+    return {str(k): np.asarray(v).astype(str) if k == "stage" else np.asarray(v, float) for k, v in history.items()}
 
 
 def _batch_key(adata: "AnnData", *functions: str) -> str | None:
@@ -249,9 +244,7 @@ def _present(adata: "AnnData", key: str) -> str | None:
 def _map(adata: "AnnData", key: str, color: str | None, ax: "Axes | None") -> "Axes":
     """Scatters the cells at `obsm[key]` (its first two principal components if it is wider)."""
     if key not in adata.obsm:
-        msg = (
-            f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}; run the tool first"
-        )
+        msg = f"obsm has no {key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}; run the tool first"
         raise MissingKeyError(msg)
     xy = np.asarray(adata.obsm[key], np.float32)
     axis = NAMES_OF_MAPS.get(key.removeprefix("X_diffbio_"), key)

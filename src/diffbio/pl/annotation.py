@@ -358,9 +358,7 @@ def _chosen(adata: "AnnData", given: Any) -> dict[str, list[str]]:
     """The markers to draw, of each type the first ones that the data has."""
     found = as_markers(given) if given is not None else _stored_markers(adata)
     if not found:
-        msg = (
-            'uns["diffbio"]["annotate"] names no markers; run tl.annotate first, or pass markers={type: [genes]}'
-        )
+        msg = 'uns["diffbio"]["annotate"] names no markers; run tl.annotate first, or pass markers={type: [genes]}'
         raise MissingKeyError(msg)
     there = set(map(str, adata.var_names))
     kept = {kind: [gene for gene in genes if gene in there] for kind, genes in found.items()}

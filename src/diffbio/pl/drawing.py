@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, MissingKeyError
+from ..slots import MAPS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,6 +59,21 @@ def column_of(adata: "AnnData", key: str) -> Any:
     return adata.obs[key]
 
 
+def map_key(adata: "AnnData", basis: str | None, who: str) -> str | None:
+    """The key of `obsm` of a map: `basis`, or the first map that is there; None where there is none.
+
+    Raises:
+        MissingKeyError: `obsm` has no `basis`.
+    """
+    if basis is None:
+        known = [*(f"X_diffbio_{name}" for name in MAPS), *(f"X_{name}" for name in MAPS)]
+        return next((key for key in known if key in adata.obsm), None)
+    if basis not in adata.obsm:
+        msg = f"{who}: obsm has no {basis!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
+        raise MissingKeyError(msg)
+    return basis
+
+
 def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") -> None:
     """Draws points (n, 2) coloured by a column: numbers on a scale, the rest by category with a legend."""
     import pandas as pd
@@ -72,9 +88,7 @@ def scatter(ax: "Axes", xy: np.ndarray, values: Any = None, *, title: str = "") 
     if values is None:
         ax.scatter(x, y, color=PALETTE[0], **style)
     elif pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        drawn = ax.scatter(
-            x, y, c=np.asarray(values, float)[order], cmap="viridis", plotnonfinite=True, **style
-        )
+        drawn = ax.scatter(x, y, c=np.asarray(values, float)[order], cmap="viridis", plotnonfinite=True, **style)
         ax.figure.colorbar(drawn, ax=ax, shrink=0.7)
     else:
         names, codes = codes_of(values)
@@ -123,10 +137,7 @@ def legend(ax: "Axes", names: list[str], paints: list[str]) -> None:
     """A legend of coloured points to the right of the axes."""
     from matplotlib.lines import Line2D
 
-    marks = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=paint, markeredgewidth=0)
-        for paint in paints
-    ]
+    marks = [Line2D([], [], marker="o", linestyle="", markersize=5, color=paint, markeredgewidth=0) for paint in paints]
     ax.legend(
         marks,
         names,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, MissingKeyError
-from ..slots import DRIVER_GENES, FATE_PROB, MAPS
-from .drawing import color_of, column_of, scatter, short, tidy
+from ..slots import DRIVER_GENES, FATE_PROB
+from .drawing import color_of, column_of, map_key, scatter, short, tidy
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -49,7 +49,8 @@ def fate(
     if values is None:
         best = pd.Categorical.from_codes(probabilities.argmax(axis=1).tolist(), categories=pd.Index(names))
         values = pd.Series(best)
-    place = _map(adata, basis)
+    key = map_key(adata, basis, "pl.fate")
+    place = None if key is None else np.asarray(adata.obsm[key], float)[:, :2]
     if len(names) == 1 and place is None:
         msg = "pl.fate: there is one fate and no map; call tl.embed(adata), or name a basis"
         raise DataError(msg)
@@ -142,18 +143,6 @@ def _fates(adata: "AnnData", fates: Sequence[str] | None, who: str) -> tuple[lis
             msg = f"{who}: there is no fate {name!r}; there are {', '.join(there)}"
             raise MissingKeyError(msg)
     return names, values[:, [there.index(name) for name in names]]
-
-
-def _map(adata: "AnnData", basis: str | None) -> np.ndarray | None:
-    if basis is None:
-        known = [*(f"X_diffbio_{name}" for name in MAPS), *(f"X_{name}" for name in MAPS)]
-        basis = next((key for key in known if key in adata.obsm), None)
-        if basis is None:
-            return None
-    if basis not in adata.obsm:
-        msg = f"pl.fate: obsm has no {basis!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
-        raise MissingKeyError(msg)
-    return np.asarray(adata.obsm[basis], float)[:, :2]
 
 
 def _polygon(ax: "Axes", names: list[str], probabilities: np.ndarray, values: Any) -> None:

@@ -54,9 +54,7 @@ def impute(
     places = adata.var_names.get_indexer_for(pd.Index(list(genes)))
     counted = cast("Any", sparse.csc_array)(matrix[:, places]).toarray()
     sides = [np.log1p(PER_CELL * x / library[:, None]) for x in (counted, _imputed(adata, genes, places))]
-    figure, axes = plt.subplots(
-        1, 2, figsize=(2 * PANEL[0], PANEL[1]), sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(2 * PANEL[0], PANEL[1]), sharex=True, sharey=True, layout="constrained")
     values = None if color is None else column_of(adata, color)
     for ax, xy, name in zip(axes, sides, ("counted", "imputed"), strict=True):
         scatter(ax, xy, values, title=name)

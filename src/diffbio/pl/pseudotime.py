@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DataError, MissingKeyError
-from ..slots import BRANCH, DIFFMAP, MAPS, PSEUDOTIME
-from .drawing import codes_of, color_of, column_of, new_axes, record_of, scatter, short, tidy
+from ..slots import BRANCH, DIFFMAP, PSEUDOTIME
+from .drawing import codes_of, color_of, column_of, map_key, new_axes, record_of, scatter, short, tidy
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,18 +66,13 @@ def pseudotime(adata: "AnnData", *, basis: str | None = None, groupby: str | Non
 
 
 def _map(adata: "AnnData", basis: str | None) -> tuple[str, np.ndarray]:
-    if basis is None:
-        known = [*(f"X_diffbio_{name}" for name in MAPS), *(f"X_{name}" for name in MAPS)]
-        basis = next((key for key in known if key in adata.obsm), None)
+    basis = map_key(adata, basis, "pl.pseudotime")
     if basis is None:
         components = np.asarray(adata.obsm[DIFFMAP], float)
         if components.shape[1] < 3:
             msg = f"pl.pseudotime: obsm[{DIFFMAP!r}] has {components.shape[1]} components; name a map (basis)"
             raise DataError(msg)
         return "diffusion components 1 and 2", components[:, 1:3]
-    if basis not in adata.obsm:
-        msg = f"pl.pseudotime: obsm has no {basis!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}"
-        raise MissingKeyError(msg)
     values = np.asarray(adata.obsm[basis], float)
     if values.ndim != 2 or values.shape[1] < 2:
         msg = f"pl.pseudotime: obsm[{basis!r}] must have two columns at least; it is {values.shape}"

@@ -8,8 +8,8 @@ import numpy as np
 from ..errors import ConfigError, MissingKeyError
 from ..math.kernels import cosine_lists_of
 from ..math.velocity_graph import projected
-from ..slots import MAPS, VELOCITY_GRAPH
-from .drawing import column_of, new_axes, scatter, short
+from ..slots import VELOCITY_GRAPH
+from .drawing import column_of, map_key, new_axes, scatter, short
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -44,7 +44,11 @@ def velocity(adata: "AnnData", *, basis: str | None = None, color: str | None = 
     if VELOCITY_GRAPH not in adata.obsp:
         msg = f"pl.velocity: obsp has no {VELOCITY_GRAPH!r}; call tl.velocity(adata) first"
         raise MissingKeyError(msg)
-    name, xy = _map(adata, basis)
+    key = map_key(adata, basis, "pl.velocity")
+    if key is None:
+        msg = "pl.velocity: there is no map of the cells; call tl.embed(adata) first, or name a key of obsm as basis"
+        raise MissingKeyError(msg)
+    xy = np.asarray(adata.obsm[key], float)[:, :2]
     values = None if color is None else column_of(adata, color)
     lists = cosine_lists_of(adata.obsp[VELOCITY_GRAPH])
     moved = np.asarray(projected(lists, jnp.asarray(xy, jnp.float32)), float)
@@ -57,20 +61,8 @@ def velocity(adata: "AnnData", *, basis: str | None = None, color: str | None = 
         ax.streamplot(x, y, u, v, color="black", density=1.4, linewidth=width, arrowsize=0.9, zorder=3)
     elif kind == "arrows":
         ax.quiver(*np.meshgrid(x, y), u, v, color="black", zorder=3, width=0.003)
-    ax.set_xlabel(short(name), fontsize=8)
+    ax.set_xlabel(short(key.removeprefix("X_").removeprefix("diffbio_")), fontsize=8)
     return ax
-
-
-def _map(adata: "AnnData", basis: str | None) -> tuple[str, np.ndarray]:
-    if basis is None:
-        known = [*(f"X_diffbio_{name}" for name in MAPS), *(f"X_{name}" for name in MAPS)]
-        basis = next((key for key in known if key in adata.obsm), None)
-    if basis is None or basis not in adata.obsm:
-        what = "no map" if basis is None else f"no {basis!r}"
-        has = ", ".join(map(str, adata.obsm)) or "nothing"
-        msg = f"pl.velocity: obsm has {what}; it has {has}; tl.embed(adata) makes one, or name a basis"
-        raise MissingKeyError(msg)
-    return basis.removeprefix("X_").removeprefix("diffbio_"), np.asarray(adata.obsm[basis], float)[:, :2]
 
 
 def _on_grid(xy: np.ndarray, moved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

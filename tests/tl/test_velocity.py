@@ -33,6 +33,7 @@ def test_steps_lead_forward_in_time(moved):
     assert moved.obs["diffbio_velocity_confidence"].mean() > 0.5
 
 
+@pytest.mark.filterwarnings("ignore::diffbio.errors.DataWarning")
 def test_genes_that_are_not_read_have_no_velocity(moved):
     adata = moved.copy()
     without = np.where(np.arange(adata.n_vars) == 3, 0.0, adata.layers["unspliced"].toarray())

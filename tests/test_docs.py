@@ -132,8 +132,10 @@ def batches_page():
 
 
 def trajectories_page():
-    """Cells of a process that divides."""
-    return {"adata": branching_cells()}
+    """Cells of a process that divides, with a map."""
+    adata = branching_cells()
+    adata.obsm["X_umap"] = np.column_stack([adata.obs["time"], adata.obs["branch"] * adata.obs["time"]])
+    return {"adata": adata}
 
 
 PRELUDES = {
@@ -174,9 +176,15 @@ def test_the_pipeline_page_holds_what_it_says(tmp_path, monkeypatch):
     result, _, metadata = namespace["pipeline"].apply(namespace["data"], {}, None)
     shapes = {key: value.shape for key, value in result.items()}
     assert shapes == {
-        "counts": (100, 2000), "ambient_profile": (2000,), "batch_labels": (100,),
-        "decontaminated_counts": (100, 2000), "normalized": (100, 2000), "latent": (100, 64),
-        "corrected_embeddings": (100, 64), "embeddings_2d": (100, 2), "cluster_assignments": (100, 10),
+        "counts": (100, 2000),
+        "ambient_profile": (2000,),
+        "batch_labels": (100,),
+        "decontaminated_counts": (100, 2000),
+        "normalized": (100, 2000),
+        "latent": (100, 64),
+        "corrected_embeddings": (100, 64),
+        "embeddings_2d": (100, 2),
+        "cluster_assignments": (100, 10),
     }
     assert set(metadata["unfitted"]) == set(shapes) - {"counts", "ambient_profile", "batch_labels"}
     np.testing.assert_allclose(result["cluster_assignments"].sum(1), 1, rtol=1e-5)

@@ -19,7 +19,7 @@ TIMES, EARLIEST, LATEST = 201, -0.1, 1.1  # that are tried for every cell
 BINS = 40  # of cells by time, where the first guess is fitted
 FLOOR = 1e-4  # of a gene's mean squared residual, in units of its variance
 LEVENBERG = 3  # steps for the genes in a round
-LAST = 10  # rounds for the genes alone at the end
+LAST, NEWTON = 15, 12  # rounds for the genes alone at the end, and Newton steps after them
 SETTLING = 20  # steps for a time at the end
 CELLS_AT_ONCE = 256
 GENES_AT_ONCE = 64
@@ -63,8 +63,10 @@ def _gene_loss(gene: Any, time: Array, data: Any, width: float, scale_spread: fl
     return len(time) * jnp.log(noise) + 0.5 * _prior_of(gene, data, scale_spread)
 
 
-def _levenberg(gene: Any, time: Array, data: Any, width: float, scale_spread: float) -> Any:
-    """Damped Gauss-Newton steps for one gene at given times."""
+def _levenberg(
+    gene: Any, damping: Array, time: Array, data: Any, width: float, scale_spread: float
+) -> tuple[Any, Array]:
+    """Damped Gauss-Newton steps for one gene at given times: the gene, and the damping to go on with."""
     start, back = ravel_pytree(gene)
     mean = jnp.stack([jnp.asarray(m, start.dtype) for m in PRIOR_MEAN._replace(log_ratio=data.ratio)])
     spread = jnp.asarray([*PRIOR_SPREAD._replace(log_scale=scale_spread)], start.dtype)
@@ -81,13 +83,15 @@ def _levenberg(gene: Any, time: Array, data: Any, width: float, scale_spread: fl
         new = _gene_loss(back(tried), time, data, width, scale_spread)
         better = new < value
         carry = (
-            jnp.where(better, tried, x), jnp.where(better, damping / 4, damping * 6), jnp.where(better, new, value)
+            jnp.where(better, tried, x),
+            jnp.clip(jnp.where(better, damping / 4, damping * 6), 1e-9, 1e6),
+            jnp.where(better, new, value),
         )
         return carry, None
 
     value = _gene_loss(gene, time, data, width, scale_spread)
-    (x, _, _), _ = jax.lax.scan(step, (start, jnp.asarray(1e-2, start.dtype), value), None, length=LEVENBERG)
-    return back(x)
+    (x, damping, _), _ = jax.lax.scan(step, (start, damping, value), None, length=LEVENBERG)
+    return back(x), damping
 
 
 def _normal_equations(residuals: Any, x: Array, spread: Array) -> tuple[Array, Array]:
@@ -99,11 +103,13 @@ def _normal_equations(residuals: Any, x: Array, spread: Array) -> tuple[Array, A
     return jacobian @ jacobian.T / noise + jnp.diag(1.0 / spread**2), jacobian @ r / noise
 
 
-def _fit_genes(z: Shared, data: Problem, width: float, scale_spread: float) -> Kinetics:
+def _fit_genes(
+    z: Shared, damping: Array, data: Problem, width: float, scale_spread: float
+) -> tuple[Kinetics, Array]:
     columns = _columns(data)
     return jax.lax.map(
-        lambda args: _levenberg(args[0], z.time, args[1], width, scale_spread),
-        (z.genes, columns), batch_size=GENES_AT_ONCE,
+        lambda args: _levenberg(args[0], args[1], z.time, args[2], width, scale_spread),
+        (z.genes, damping, columns), batch_size=GENES_AT_ONCE,
     )  # fmt: skip
 
 
@@ -163,12 +169,15 @@ def _alternated(time: Array, data: Problem, width: float, scale_spread: float, r
     """Fits genes to times and times to genes in turn; at the end genes alone, until they stand still."""
     z = Shared(_first_guess(time, data), time)
 
-    def turn(z: Shared, number: Array) -> tuple[Shared, None]:
-        z = z._replace(genes=_fit_genes(z, data, width, scale_spread))
+    def turn(carry: tuple[Shared, Array], number: Array) -> tuple[tuple[Shared, Array], None]:
+        z, damping = carry
+        genes, damping = _fit_genes(z, damping, data, width, scale_spread)
+        z = z._replace(genes=genes)
         times = jax.lax.cond(number < rounds, lambda: _fit_times(z, data, width), lambda: z.time)
-        return z._replace(time=times), None
+        return (z._replace(time=times), damping), None
 
-    return jax.lax.scan(turn, z, jnp.arange(rounds + LAST))[0]
+    start = (z, jnp.full_like(data.ratio, 1e-2))
+    return jax.lax.scan(turn, start, jnp.arange(rounds + LAST))[0][0]
 
 
 @functools.partial(jax.jit, static_argnames=("width", "scale_spread", "rounds"))
@@ -213,14 +222,28 @@ def _columns(data: Problem) -> Problem:
 
 
 def _settled(gene: Any, data: Any, time: Array, width: float, scale_spread: float) -> Any:
-    """`gene`, an optimum, with its derivative by the data, -(Hessian)^-1 d(slope)."""
+    """The optimum of a gene near `gene`, with its derivative by the data, -(Hessian)^-1 d(slope)."""
     fixed = jax.lax.stop_gradient(data)
     x, back = ravel_pytree(gene)
 
     def value(x: Array, data: Any) -> Array:
         return _gene_loss(back(x), time, data, width, scale_spread)
 
-    move = jnp.linalg.solve(jax.lax.stop_gradient(jax.hessian(value)(x, fixed)), jax.grad(value)(x, data))
+    def newton(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
+        x, slope, curvature, damping = carry
+        tried = x - jnp.linalg.solve(curvature + damping * jnp.diag(jnp.abs(jnp.diag(curvature))), slope)
+        now, new_slope = jax.value_and_grad(value)(tried, fixed)
+        before = value(x, fixed)
+        better = now <= before + 4 * jnp.finfo(x.dtype).eps * jnp.abs(before)
+        x, slope = jnp.where(better, tried, x), jnp.where(better, new_slope, slope)
+        damping = jnp.where(better, damping / 100, jnp.maximum(10 * damping, 1e-3))
+        return (x, slope, jax.hessian(value)(x, fixed), damping), None
+
+    shape = jnp.eye(len(x), dtype=x.dtype)  # a first step along the slope hardly moves, it only finds the curvature
+    first = (x, jax.grad(value)(x, fixed), shape * 1e12, jnp.asarray(1e-4, x.dtype))
+    (x, _, curvature, _), _ = jax.lax.scan(newton, first, None, length=NEWTON)
+    x = jax.lax.stop_gradient(x)
+    move = jnp.linalg.solve(jax.lax.stop_gradient(curvature), jax.grad(value)(x, data))
     return back(x - (move - jax.lax.stop_gradient(move)))
 
 
@@ -244,7 +267,8 @@ def _settled_time(
         low, high = jnp.where(g < 0, t, low), jnp.where(g > 0, t, high)  # the minimum stays between them
         tried = t - g / jnp.where(curvature > 0, curvature, 1.0)
         inside = (curvature > 0) & (tried > low) & (tried < high)
-        return (jnp.where(inside, tried, (low + high) / 2), low, high), None
+        done = jnp.abs(g) <= 64 * jnp.finfo(t.dtype).eps * jnp.abs(curvature)  # where rounding says which side is up
+        return (jnp.where(done, t, jnp.where(inside, tried, (low + high) / 2)), low, high), None
 
     first = (start, start - reach, start + reach)
     t = jax.lax.stop_gradient(jax.lax.scan(step, first, None, length=SETTLING)[0][0])

@@ -39,9 +39,9 @@ def upper_tail(
         share: of the cells.
         temperature: of sigmoid((score - quantile) / temperature), in units of the score; 0 is the hard choice.
     """
-    score = spliced / jnp.maximum(spliced.max(axis=0), LEAST_MAXIMUM)
+    score = spliced / jnp.maximum(_largest(spliced), LEAST_MAXIMUM)
     if unspliced is not None:
-        score = score + unspliced / jnp.maximum(unspliced.max(axis=0), LEAST_MAXIMUM)
+        score = score + unspliced / jnp.maximum(_largest(unspliced), LEAST_MAXIMUM)
     bound = _quantile(score, 1.0 - share)
     if temperature > 0:
         return jax.nn.sigmoid((score - bound) / temperature)
@@ -114,6 +114,13 @@ def slope(
     """sum(weighted y) / sum(weighted x), 0 where there is nothing to divide by."""
     below = (weighted * x).sum(axis=0)
     return jnp.where(below > 0, (weighted * y).sum(axis=0) / jnp.where(below > 0, below, 1.0), 0.0)
+
+
+def _largest(x: Float[Array, "cells genes"]) -> Float[Array, " genes"]:
+    """Of every column. Cells of one neighbourhood tie; the derivative of `max` looks for values equal to it, and finds
+    none where the compiler has computed them twice."""
+    first = jnp.argmax(jax.lax.stop_gradient(x), axis=0)
+    return jnp.take_along_axis(x, first[None], axis=0)[0]
 
 
 def _quantile(x: Float[Array, "cells genes"], q: float) -> Float[Array, " genes"]:

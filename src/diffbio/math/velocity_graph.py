@@ -84,7 +84,8 @@ def cosine_lists(
 
 def surest(found: CosineLists) -> Float[Array, " cells"]:
     """The largest cosine of every cell, 0 at least."""
-    return jnp.maximum(found.cosines.max(axis=1), 0.0)
+    best = jnp.argmax(jax.lax.stop_gradient(found.cosines), axis=1)
+    return jnp.maximum(jnp.take_along_axis(found.cosines, best[:, None], axis=1)[:, 0], 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "self_transitions",))
@@ -201,7 +202,8 @@ def potential(
 
 def unit_interval(t: Float[Array, " cells"]) -> Float[Array, " cells"]:
     """Scaled to 0-1; all 0 where there is one value only."""
-    low, high = t.min(), t.max()
+    fixed = jax.lax.stop_gradient(t)
+    low, high = t[jnp.argmin(fixed)], t[jnp.argmax(fixed)]
     return (t - low) / jnp.where(high > low, high - low, 1.0)
 
 

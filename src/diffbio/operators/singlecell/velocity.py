@@ -102,6 +102,7 @@ class Velocities(TypedDict):
     transition_rows: Int[Array, " edges"]
     transition_columns: Int[Array, " edges"]
     transition_weights: Float[Array, " edges"]  # P(row -> column); pairs listed twice add up, rows sum to 1
+    transition_cosines: Float[Array, " edges"]  # of the row's velocity with the way to the column; 0 where not compared
 
 
 class Rates(NamedTuple):
@@ -197,6 +198,7 @@ class DifferentiableVelocity(Operator):
             "transition_rows": edges.rows,
             "transition_columns": edges.columns,
             "transition_weights": edges.weights,
+            "transition_cosines": lists.cosines.ravel(),
         }
 
     def rates(self, indices: Array, now: State, second: tuple[Array, Array] | None = None) -> Rates:
@@ -282,7 +284,8 @@ class DifferentiableVelocity(Operator):
         )  # fmt: skip
         explained = 1.0 - noise_of(found, data, width)
         gene, time = found.genes, found.time
-        span = time.max() - time.min()
+        fixed = jax.lax.stop_gradient(time)
+        span = time[jnp.argmax(fixed)] - time[jnp.argmin(fixed)]
         span = jnp.where(span > 0, span, 1.0)
         beta = jnp.exp(gene.log_beta) * span
         # per cell: on between the two switches, smooth as the curves are
@@ -375,14 +378,15 @@ class DifferentiableVelocity(Operator):
             log_scale=jnp.zeros(n_genes),
         )
         layers = jax.vmap(lambda t: curve(genes, t, width=0.02))(time)
-        noisy = [x + 1.0 + jax.random.uniform(key, x.shape) for key, x in zip(keys, layers, strict=False)]
+        noisy = [x + 1.0 + 6.0 * jax.random.uniform(key, x.shape) for key, x in zip(keys, layers, strict=False)]
         data: Data = {"unspliced": noisy[0], "spliced": noisy[1]}
-        near = (jnp.arange(n_cells)[:, None] + jnp.array([-3, -2, -1, 1, 2, 3])) % n_cells
+        near = jnp.argsort(jnp.abs(time[:, None] - time[None, :]), axis=1)[:, 1:7]
         base: dict[str, Any] = {"n_genes": n_genes, "n_neighbors": 7}
         steady = VelocityConfig(**base, temperature=0.1)
         dynamical = VelocityConfig(
-            **base, kinetics_model="dynamical", normalize=False, switch_width=0.1, n_iterations=4, reach=1
-        )
+            **base, kinetics_model="dynamical", normalize=False, switch_width=0.1, n_iterations=4, reach=1,
+            scaling_spread=0.1,
+        )  # fmt: skip
         ode = VelocityConfig(**base, kinetics_model="neural_ode", hidden_dim=4, n_steps=5, dt=0.2, reach=1)
         return {
             "steady state": (cls(steady, rngs=nnx.Rngs(0)), data),

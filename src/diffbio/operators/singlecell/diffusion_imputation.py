@@ -18,6 +18,7 @@ from ...math.diffusion import Markov, adaptive_affinity, diffuse, markov, neighb
 from ...math.linalg import pca
 from ...math.neighbors import knn, nearest
 from ...math.principal import principal_components
+from ..all_cells import AllCells
 from ..base import Config, Data, Operator, checked_counts, nonnegative, one_of, positive
 
 MOST_STEPS = 20  # of diffusion; MAGIC's own search for t ends there
@@ -200,7 +201,7 @@ class DifferentiableDiffusionImputer(Operator):
             found.append(float(loss))
         return np.asarray(found)
 
-    def sampler(self, data: Data) -> "AllCells":
+    def sampler(self, data: Data) -> AllCells:
         """Every minibatch is all cells: they are each other's neighbours."""
         return AllCells(len(data["counts"]))
 
@@ -285,18 +286,6 @@ class DifferentiableDiffusionImputer(Operator):
             "three steps": (op(n_pca_components=4), data),
             "given components": (op(diffusion_t=1.6, decay=2.0, bandwidth=1.5), {**data, **given}),
         }
-
-
-class AllCells:
-    """One batch an epoch, of all cells in their order."""
-
-    def __init__(self, n_cells: int) -> None:
-        self.n_cells = n_cells
-
-    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """Row numbers (1, cells)."""
-        del rng, batch_size
-        return np.arange(self.n_cells)[None]
 
 
 def stabilised(

@@ -25,6 +25,7 @@ from ...math.neighbors import nearest
 from ...math.palantir import multiscale_space, path_lengths, refined_pseudotime, waypoints
 from ...math.spectrum import Spectrum, spectrum
 from ...math.transitions import connectivities, list_distances, normalized_rows
+from ..all_cells import AllCells
 from ..base import Config, Data, Operator, checked_finite, nonnegative, one_of, setting
 
 WHO = "DifferentiablePseudotime"
@@ -203,9 +204,9 @@ class DifferentiablePseudotime(Operator):
         correlation = _correlation(jnp.where(used, found, 0.0), jnp.where(used, time, 0.0), used.astype(found.dtype))
         return 1.0 - correlation, {"correlation": correlation}
 
-    def sampler(self, data: Data) -> "WholeGraph":
+    def sampler(self, data: Data) -> AllCells:
         """Every minibatch is all cells: they are each other's neighbours."""
-        return WholeGraph(len(data["embeddings"]))
+        return AllCells(len(data["embeddings"]))
 
     def _kernel(self, points: Array) -> Edges:
         config, n = self.config, len(points)
@@ -290,18 +291,6 @@ class DifferentiablePseudotime(Operator):
             "palantir": (op(n_diffusion_components=5, method="palantir"), {"embeddings": arc, "root_cell_index": root}),
             "learned metric": (weights, {"embeddings": line, "root_cell_index": root, "time": time}),
         }
-
-
-class WholeGraph:
-    """One batch an epoch, of all cells in their order."""
-
-    def __init__(self, n_cells: int) -> None:
-        self.n_cells = n_cells
-
-    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """Row numbers (1, cells)."""
-        del rng, batch_size
-        return np.arange(self.n_cells)[None]
 
 
 def _correlation(a: Array, b: Array, weight: Array) -> Array:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from .splicing_kinetics import Kinetics, curve
 
 TIMES, EARLIEST, LATEST = 201, -0.1, 1.1  # that are tried for every cell
+STEP = (LATEST - EARLIEST) / (TIMES - 1)
 BINS = 40  # of cells by time, where the first guess is fitted
 FLOOR = 1e-4  # of a gene's mean squared residual, in units of its variance
 LEVENBERG = 3  # steps for the genes in a round
@@ -114,14 +115,31 @@ def _fit_genes(
 
 
 def _fit_times(z: Shared, data: Problem, width: float) -> Array:
-    """The best of a grid of times for every cell, all genes together."""
+    """The best time of every cell, all genes together: of a grid by one matrix product, then between its points."""
     weight = 1.0 / noise_of(z, data, width)
     grid = jnp.linspace(EARLIEST, LATEST, TIMES, dtype=z.time.dtype)
     u, s = jax.vmap(lambda t: curve(z.genes, t, width=width))(grid)
     u = u * data.scale_ratio
-    cost = (weight * (u**2 + s**2)).sum(axis=1) - 2 * (data.unspliced @ (weight * u).T + data.spliced @ (weight * s).T)
-    cost = cost + 0.5 * ((grid - 0.5) / TIME_SPREAD) ** 2
-    return grid[jnp.argmin(cost, axis=1)]
+    cost = (weight * (u**2 + s**2)).sum(axis=1) / 2 - (
+        data.unspliced @ (weight * u).T + data.spliced @ (weight * s).T
+    )
+    found = jnp.argmin(cost + 0.5 * ((grid - 0.5) / TIME_SPREAD) ** 2, axis=1)
+
+    def between(args: tuple[Array, Array, Array]) -> Array:
+        """The lowest point of the parabola through three points of the grid, computed without cancellation."""
+        place, own_u, own_s = args
+
+        def one(at: Array) -> Array:
+            misfits = (u[at] - own_u) ** 2 + (s[at] - own_s) ** 2
+            return weight @ misfits / 2 + 0.5 * ((grid[at] - 0.5) / TIME_SPREAD) ** 2
+
+        middle = jnp.clip(place, 1, TIMES - 2)
+        before, here, after = one(middle - 1), one(middle), one(middle + 1)
+        bend = before - 2 * here + after
+        shift = jnp.where(bend > 0, 0.5 * (before - after) / jnp.where(bend > 0, bend, 1.0), 0.0)
+        return grid[middle] + jnp.clip(shift, -1.5, 1.5) * STEP
+
+    return jax.lax.map(between, (found, data.unspliced, data.spliced), batch_size=CELLS_AT_ONCE)
 
 
 def noise_of(z: Shared, data: Problem, width: float) -> Float[Array, " genes"]:
@@ -174,7 +192,8 @@ def _alternated(time: Array, data: Problem, width: float, scale_spread: float, r
         genes, damping = _fit_genes(z, damping, data, width, scale_spread)
         z = z._replace(genes=genes)
         times = jax.lax.cond(number < rounds, lambda: _fit_times(z, data, width), lambda: z.time)
-        return (z._replace(time=times), damping), None
+        on_grid = EARLIEST + jnp.round((times - EARLIEST) / STEP) * STEP
+        return (z._replace(time=jnp.where(number < rounds - 1, times, on_grid)), damping), None
 
     start = (z, jnp.full_like(data.ratio, 1e-2))
     return jax.lax.scan(turn, start, jnp.arange(rounds + LAST))[0][0]
@@ -186,10 +205,10 @@ def fit(
 ) -> Shared:
     """Kinetics and times in turn, from a first order of the cells.
 
-    Genes are fitted at times on a grid, and times then move off the grid to where they fit best. Which point of the
-    grid a cell is at is a discrete choice outside the gradient, as is which of several optima the search finds. Given
-    these, the gradients with respect to the data are exact: by the implicit function theorem at the optimum of each
-    gene, and at that of each cell's time.
+    In the last round times are rounded to a grid (of 0.006), genes are fitted to their optimum there, and times then
+    move off the grid to where they fit best. Which point of the grid a cell is at is a discrete choice outside the
+    gradient, as is which of several optima the search finds. Given these, the gradients with respect to the data are
+    exact: by the implicit function theorem at the optimum of each gene, and at that of each cell's time.
 
     Args:
         time: first guess, such as ranks / cells.
@@ -250,7 +269,7 @@ def _settled(gene: Any, data: Any, time: Array, width: float, scale_spread: floa
 def _settled_time(
     start: Array, u: Array, s: Array, genes: Any, scale_ratio: Array, weight: Array, width: float
 ) -> Array:
-    """The best time of a cell within a step of the grid from `start`, with its derivative."""
+    """The best time of a cell within two steps of the grid from `start`, with its derivative."""
 
     def value(t: Array, u: Array, s: Array, genes: Any, scale_ratio: Array, weight: Array) -> Array:
         a, b = curve(genes, t, width=width)
@@ -259,7 +278,7 @@ def _settled_time(
 
     given = (u, s, genes, scale_ratio, weight)
     fixed = jax.lax.stop_gradient(given)
-    slope, reach = jax.grad(value), (LATEST - EARLIEST) / (TIMES - 1)
+    slope, reach = jax.grad(value), 2 * STEP
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
         t, low, high = carry

@@ -371,14 +371,14 @@ class DifferentiableVelocity(Operator):
         time = (jnp.arange(n_cells) + 0.5) / n_cells
         genes = Kinetics(
             log_level=jnp.log(jnp.array([20.0, 30.0, 25.0, 40.0, 15.0, 30.0])),
-            log_beta=jnp.log(jnp.array([4.0, 6.0, 3.0, 5.0, 8.0, 4.0])),
+            log_beta=jnp.log(jnp.array([4.0, 6.0, 4.0, 5.0, 8.0, 5.0])),
             log_ratio=jnp.log(jnp.array([0.6, 1.4, 1.0, 0.8, 2.0, 1.2])),
-            on=jnp.array([-0.1, -0.3, 0.2, 0.3, -0.6, 0.0]),
-            log_span=jnp.log(jnp.array([2.0, 0.6, 0.5, 2.0, 0.8, 0.6])),
+            on=jnp.array([-0.1, -0.2, 0.2, 0.3, 0.0, 0.1]),
+            log_span=jnp.log(jnp.array([2.0, 0.6, 0.5, 2.0, 0.4, 0.5])),
             log_scale=jnp.zeros(n_genes),
         )
         layers = jax.vmap(lambda t: curve(genes, t, width=0.02))(time)
-        noisy = [x + 1.0 + 6.0 * jax.random.uniform(key, x.shape) for key, x in zip(keys, layers, strict=False)]
+        noisy = [x + 1.0 + 4.0 * jax.random.uniform(key, x.shape) for key, x in zip(keys, layers, strict=False)]
         data: Data = {"unspliced": noisy[0], "spliced": noisy[1]}
         near = jnp.argsort(jnp.abs(time[:, None] - time[None, :]), axis=1)[:, 1:7]
         base: dict[str, Any] = {"n_genes": n_genes, "n_neighbors": 7}

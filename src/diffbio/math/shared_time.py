@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from .blocks import mapped_in_blocks
 from .splicing_kinetics import Kinetics, curve
 
 TIMES, EARLIEST, LATEST = 201, -0.1, 1.1  # that are tried for every cell
@@ -108,10 +109,11 @@ def _fit_genes(
     z: Shared, damping: Array, data: Problem, width: float, scale_spread: float
 ) -> tuple[Kinetics, Array]:
     columns = _columns(data)
-    return jax.lax.map(
+    return mapped_in_blocks(
         lambda args: _levenberg(args[0], args[1], z.time, args[2], width, scale_spread),
-        (z.genes, damping, columns), batch_size=GENES_AT_ONCE,
-    )  # fmt: skip
+        (z.genes, damping, columns),
+        GENES_AT_ONCE,
+    )
 
 
 def _fit_times(z: Shared, data: Problem, width: float) -> Array:
@@ -139,7 +141,7 @@ def _fit_times(z: Shared, data: Problem, width: float) -> Array:
         shift = jnp.where(bend > 0, 0.5 * (before - after) / jnp.where(bend > 0, bend, 1.0), 0.0)
         return grid[middle] + jnp.clip(shift, -1.5, 1.5) * STEP
 
-    return jax.lax.map(between, (found, data.unspliced, data.spliced), batch_size=CELLS_AT_ONCE)
+    return mapped_in_blocks(between, (found, data.unspliced, data.spliced), CELLS_AT_ONCE)
 
 
 def noise_of(z: Shared, data: Problem, width: float) -> Float[Array, " genes"]:
@@ -150,7 +152,7 @@ def noise_of(z: Shared, data: Problem, width: float) -> Float[Array, " genes"]:
         u, s = misfit(args[0], z.time, args[1], width)
         return (u**2 + s**2).mean() / 2 + FLOOR
 
-    return jax.lax.map(one, (z.genes, columns), batch_size=GENES_AT_ONCE)
+    return mapped_in_blocks(one, (z.genes, columns), GENES_AT_ONCE)
 
 
 def _first_guess(time: Array, data: Problem) -> Kinetics:
@@ -224,7 +226,7 @@ def fit(
     def gene_at_optimum(args: Any) -> Any:
         return _settled(*args, z.time, width, scale_spread)
 
-    genes = jax.lax.map(gene_at_optimum, (z.genes, _columns(data)), batch_size=GENES_AT_ONCE)
+    genes = mapped_in_blocks(gene_at_optimum, (z.genes, _columns(data)), GENES_AT_ONCE)
     found = Shared(genes, z.time)
     weight = 1.0 / noise_of(found, data, width)
 
@@ -232,7 +234,7 @@ def fit(
     def time_at_optimum(args: Any) -> Array:
         return _settled_time(*args, genes, data.scale_ratio, weight, width)
 
-    times = jax.lax.map(time_at_optimum, (z.time, data.unspliced, data.spliced), batch_size=CELLS_AT_ONCE)
+    times = mapped_in_blocks(time_at_optimum, (z.time, data.unspliced, data.spliced), CELLS_AT_ONCE)
     return found._replace(time=times)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .blocks import mapped_in_blocks
 from .distances import safe_norm
 from .graph import Edges
 
@@ -76,7 +77,7 @@ def cosine_lists(
         points = real & (both > 0)
         return jnp.where(points, gap @ direction / jnp.where(points, both, 1.0), 0.0)
 
-    cosines = jax.lax.map(row, (columns, positions, moved, length), batch_size=CELLS_AT_ONCE)
+    cosines = mapped_in_blocks(row, (columns, positions, moved, length), CELLS_AT_ONCE)
     repeated = jnp.concatenate([jnp.zeros((len(columns), 1), bool), columns[:, 1:] == columns[:, :-1]], axis=1)
     listed = ~repeated & (cosines != 0)
     return CosineLists(columns, jnp.where(listed, cosines, 0.0), listed)
@@ -161,7 +162,7 @@ def projected(
         length = safe_norm(gap)
         return weights @ (gap / jnp.where(length > 0, length, 1.0)[:, None])
 
-    return jax.lax.map(row, (found.columns, embedding, weight), batch_size=1024)
+    return mapped_in_blocks(row, (found.columns, embedding, weight), 1024)
 
 
 @functools.partial(jax.jit, static_argnames=("ridge",))

@@ -44,6 +44,18 @@ def test_everything_in_one_line(cells, tmp_path, capsys):
     assert "pseudotime ..." in said.err
 
 
+def test_results_of_an_earlier_run_do_not_stay(cells, tmp_path):
+    first, second = tmp_path / "first.h5ad", tmp_path / "second.h5ad"
+    settings = ["--root-type", "early", "--quiet", "--velocity"]
+    assert run(cells, "-o", first, *settings, "steady_state", *ENDS) == 0
+    assert run(first, "-o", second, *settings, "none", "--terminal-type", "late A") == 0
+    adata = read(second)
+    assert list(adata.obsm["diffbio_fate_prob"].columns) == ["late A"]
+    assert "diffbio_driver_genes" not in adata.varm
+    assert "diffbio_gene_trends" not in adata.uns
+    assert adata.uns["diffbio"]["fate"]["params"]["kernel"] == "pseudotime"
+
+
 def test_ends_are_looked_for_and_their_absence_is_said(cells, tmp_path, capsys):
     out = tmp_path / "out.h5ad"
     assert run(cells, "-o", out, "--root-cell", "cell0", "--velocity", "none", "--kernel", "pseudotime", "--quiet") == 0
@@ -63,7 +75,13 @@ def test_ends_are_looked_for_and_their_absence_is_said(cells, tmp_path, capsys):
         (["--root-type", "nobody", "--velocity", "none"], 3, "there are early"),
         (["--root-type", "early", "--velocity", "none", "--label-key", "kind"], 3, "kind"),
         (["--root-type", "early", "--velocity", "none", "--kernel", "velocity"], 2, "--velocity none"),
-        (["--root-cell", "cell0", "--velocity", "none", "--terminal-type", "nobody"], 2, "there are early"),
+        (["--root-cell", "cell0", "--velocity", "none", "--terminal-type", "nobody"], 3, "there are early"),
+        (["--root-type", "early", "--gene", "nothing"], 3, "--gene nothing"),
+        (["--root-cell", "nobody"], 3, "--root-cell"),
+        (["--root-type", "early", "--method", "dtp"], 2, "dpt or palantir"),
+        (["--root-type", "early", "--use-rep", "X_none"], 3, "--use-rep"),
+        (["--root-cell", "cell0", "--label-key", "kind"], 3, "--label-key"),
+        (["--time-key", "day", "--velocity", "dynamical"], 2, "--velocity is for"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_written(line, code, words, cells, tmp_path, capsys):

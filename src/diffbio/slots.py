@@ -1,5 +1,6 @@
 """Where the AnnData functions read and write: counts, representations, clusters."""
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,7 @@ from .data.names import batch_codes
 from .data.source import counts_of
 from .data.transform import shifted_log
 from .data.validate import check_counts
-from .errors import ConfigError, DataError, MissingKeyError
+from .errors import ConfigError, DataError, DataWarning, MissingKeyError
 from .math.linalg import pca
 
 if TYPE_CHECKING:
@@ -155,6 +156,33 @@ def representation(adata: "AnnData", use_rep: str | None, layer: str | None = No
         msg = f"obsm[{key!r}] holds NaN or infinity, first in cell {row} ({adata.obs_names[row]})"
         raise DataError(msg)
     return values
+
+
+def times(adata: "AnnData", key: str, who: str) -> np.ndarray:
+    """A pseudotime in a column of `obs`; infinite in cells that the root is not connected with, which is said.
+
+    Raises:
+        DataError: no numbers, missing in some cell, or infinite in all.
+    """
+    import pandas as pd
+
+    try:
+        when = np.asarray(pd.to_numeric(cast("pd.Series[Any]", adata.obs[key]).astype(object)), float)
+    except (TypeError, ValueError) as error:
+        msg = f"{who}: obs[{key!r}] must hold numbers; got {adata.obs[key].iloc[0]!r}."
+        raise DataError(msg) from error
+    if np.isnan(when).any():
+        row = int(np.flatnonzero(np.isnan(when))[0])
+        msg = f"{who}: obs[{key!r}] is missing, first in cell {row} ({adata.obs_names[row]})"
+        raise DataError(msg)
+    apart = int(np.isinf(when).sum())
+    if apart == len(when):
+        msg = f"{who}: obs[{key!r}] is infinite in every cell; the root is connected with none of them"
+        raise DataError(msg)
+    if apart:
+        msg = f"{who}: obs[{key!r}] is infinite in {apart:,} cells; the root is not connected with them"
+        warnings.warn(msg, DataWarning, stacklevel=4)
+    return when
 
 
 def all_genes(values: np.ndarray, genes: Any, n_genes: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 from diffbio import pl, tl
-from diffbio.errors import ConfigError, DataError, MissingKeyError
+from diffbio.errors import ConfigError, DataError, DataWarning, MissingKeyError
 
 FORK = {"left": [f"c{i}" for i in range(3)], "right": [f"c{i}" for i in range(60, 63)]}
 
@@ -110,6 +110,20 @@ def test_what_fate_refuses():
             tl.fate(adata, terminal_states=ends, **settings)
     with pytest.raises(ConfigError, match="kernel must be one of"):
         tl.fate(adata, kernel="magic", **settings)
+    with pytest.raises(ConfigError, match="kernel must be a name"):
+        tl.fate(adata, kernel=["connectivity"], **settings)
+    for dead in ({"scheme": "soft"}, {"pseudotime_key": "other"}, {"velocity_key": "other"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(dead))} does nothing"):
+            tl.fate(adata, terminal_states=FORK, **dead, **settings)
+    with pytest.raises(ConfigError, match="use_rep does nothing"):
+        tl.fate(adata, terminal_states=FORK, kernel="velocity", use_rep="X_points")
+    for bad in ({"n_cells": 0}, {"n_terminal": 0}, {"stability_threshold": 5.0}):
+        with pytest.raises(ConfigError, match="must be"):
+            tl.fate(adata, **bad, **settings)
+    with pytest.raises(ConfigError, match="n_neighbors is 300"):
+        tl.fate(adata, terminal_states=FORK, use_rep="X_points", n_neighbors=300)
+    with pytest.raises(DataError, match="every cell holds a terminal state"):
+        tl.fate(adata, terminal_states="type", **settings)
     with pytest.raises(ConfigError, match="n_macrostates does nothing"):
         tl.fate(adata, terminal_states=FORK, n_macrostates=3, **settings)
     with pytest.raises(MissingKeyError, match=r"call tl\.velocity"):
@@ -120,6 +134,28 @@ def test_what_fate_refuses():
     for function in (tl.driver_genes, lambda a: tl.gene_trends(a, ["gene0"]), pl.fate, pl.driver_genes, pl.gene_trends):
         with pytest.raises(MissingKeyError, match=r"call tl\."):
             function(adata)
+
+
+def test_times_that_are_no_times_are_named():
+    adata = fork()
+    settings = {"terminal_states": FORK, "kernel": "pseudotime", "use_rep": "X_points", "n_neighbors": 8}
+    adata.obs["diffbio_pseudotime"] = np.where(np.arange(120) < 3, np.inf, adata.obs["diffbio_pseudotime"])
+    with pytest.warns(DataWarning, match="infinite in 3 cells"):
+        tl.fate(adata, **settings)
+    adata.obs["diffbio_pseudotime"] = np.inf
+    with pytest.raises(DataError, match="infinite in every cell"):
+        tl.fate(adata, **settings)
+    adata.obs["diffbio_pseudotime"] = "early"
+    with pytest.raises(DataError, match="must hold numbers"):
+        tl.fate(adata, **settings)
+
+
+def test_new_fates_take_the_place_of_old_results(fated):
+    adata = fated.copy()
+    assert "diffbio_driver_genes" in adata.varm
+    tl.fate(adata, terminal_states={"left": FORK["left"]}, use_rep="X_points", n_neighbors=8)
+    assert "diffbio_driver_genes" not in adata.varm
+    assert "diffbio_gene_trends" not in adata.uns
 
 
 def test_drivers_and_trends(fated):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, MissingKeyError
 from .streams import progress
 
 if TYPE_CHECKING:
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 GENES_A_FATE = 2  # whose trends are drawn, where none are named
 MOST_GENES = 12
+CHOICES = {
+    "method": ("dpt", "palantir"),
+    "kernel": ("connectivity", "pseudotime", "velocity"),
+    "velocity": ("steady_state", "stochastic", "dynamical", "none"),
+}
 KERNEL_OF_VELOCITY = {"velocity": 0.8, "connectivity": 0.2}  # as CellRank's tutorials
 
 
@@ -23,7 +28,7 @@ class Asked:
 
     root_type: group of cells that the process starts in; the root is the one farthest out.
     root_cell: name of the cell itself.
-    label_key: column of `obs` with the groups.
+    label_key: column of `obs` with the groups; None is "cell_type", if it is there.
     terminal_types: groups that the process ends in; None looks for macrostates.
     method: of pseudotime, "dpt" or "palantir".
     kernel: of the chain, "connectivity", "pseudotime" or "velocity"; None takes velocity where there is some.
@@ -38,7 +43,7 @@ class Asked:
 
     root_type: str | None = None
     root_cell: str | None = None
-    label_key: str = "cell_type"
+    label_key: str | None = None
     terminal_types: tuple[str, ...] | None = None
     method: str | None = None
     kernel: str | None = None
@@ -51,6 +56,11 @@ class Asked:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for option, choices in CHOICES.items():
+            value = getattr(self, option)
+            if value is not None and value not in choices:
+                msg = f"--{option} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}"
+                raise ConfigError(msg)
         if self.root_type is None and self.root_cell is None and self.time_key is None:
             msg = "nothing to go by; name where the process starts with --root-type or --root-cell, or the column of "
             msg += "days with --time-key"
@@ -60,7 +70,12 @@ class Asked:
             raise ConfigError(msg)
         if not self.has_root:
             given: dict[str, Any] = {"--terminal-type": self.terminal_types, "--method": self.method}
-            given |= {"--kernel": self.kernel, "--n-macrostates": self.n_macrostates, "--gene": self.genes}
+            given |= {
+                "--kernel": self.kernel,
+                "--velocity": self.velocity,
+                "--n-macrostates": self.n_macrostates,
+                "--gene": self.genes,
+            }
             for option, value in given.items():
                 if value is not None:
                     msg = f"{option} is for pseudotime and fates; name a root with --root-type or --root-cell"
@@ -85,25 +100,66 @@ def along(cells: Path, asked: Asked, *, quiet: bool) -> tuple["AnnData", list[st
     from ..data.read import read
 
     adata = read(cells)
-    ends = None if asked.terminal_types is None else _ends(adata, asked)  # a slip is said before the work
+    _check(adata, asked)  # a slip is said before the work
+    groups = asked.label_key or ("cell_type" if "cell_type" in adata.obs else None)
     common: dict[str, Any] = {"layer": asked.layer, "random_state": asked.seed}
     lines: list[str] = []
     if asked.time_key is not None:
         progress(f"transporting cells along {asked.time_key}", quiet)
-        groups = asked.label_key if asked.label_key in adata.obs else None
         found = tl.ot_trajectory(adata, asked.time_key, groupby=groups, use_rep=asked.use_rep, **common)
         lines.append(f"plans between {len(found.days)} days: uns['diffbio_ot']")
     if asked.has_root:
-        lines += _velocity(adata, asked, common, quiet=quiet)
+        _forget_fates(adata)
+        moves, said = _velocity(adata, asked, common, quiet=quiet)
+        lines += said
         if not pl.maps_of(adata):
             progress("drawing a map (umap)", quiet)
             tl.embed(adata, use_rep=asked.use_rep, **common)
-        lines += _pseudotime(adata, asked, common, quiet=quiet)
-        lines += _fates(adata, asked, ends, common, quiet=quiet)
+        lines += _pseudotime(adata, asked, groups, common, quiet=quiet)
+        lines += _fates(adata, asked, groups, common, moves=moves, quiet=quiet)
     return adata, lines
 
 
-def _velocity(adata: "AnnData", asked: Asked, common: dict[str, Any], *, quiet: bool) -> list[str]:
+def _check(adata: "AnnData", asked: Asked) -> None:
+    """Refuses names that the cells do not have."""
+    columns = ", ".join(map(str, adata.obs.columns)) or "none"
+    label = asked.label_key or "cell_type"
+    needed = asked.label_key is not None or asked.root_type is not None or asked.terminal_types is not None
+    if needed and label not in adata.obs:
+        msg = f"obs has no column {label!r}; name that of the types with --label-key; it has {columns}"
+        raise MissingKeyError(msg)
+    for name in (asked.root_type, *(asked.terminal_types or ())):
+        types = None if name is None else adata.obs[label].astype(str)
+        if types is not None and not (types == name).any():
+            msg = f"no cell has {label} {name!r}; there are {', '.join(sorted(types.unique())[:12])}"
+            raise MissingKeyError(msg)
+    wanted: dict[str, tuple[str | None, Any]] = {
+        "--root-cell": (asked.root_cell, adata.obs_names),
+        "--time-key": (asked.time_key, adata.obs),
+    }
+    wanted |= {"--use-rep": (asked.use_rep, adata.obsm)}
+    wanted |= {f"--gene {gene}": (gene, adata.var_names) for gene in asked.genes or ()}
+    for option, (name, there) in wanted.items():
+        if name is not None and name not in there:
+            msg = f"{option}: the file has no {name!r}; it has {', '.join(map(str, list(there)[:8]))}, ..."
+            raise MissingKeyError(msg)
+
+
+def _forget_fates(adata: "AnnData") -> None:
+    """What an earlier run has left, and this one may not find."""
+    from .. import slots
+
+    adata.obsm.pop(slots.FATE_PROB, None)
+    adata.obsm.pop(slots.MACROSTATE_PROB, None)
+    adata.varm.pop(slots.DRIVER_GENES, None)
+    adata.uns.pop(slots.GENE_TRENDS, None)
+    if slots.MACROSTATE in adata.obs:
+        obs: Any = adata.obs
+        obs.drop(columns=slots.MACROSTATE, inplace=True)
+
+
+def _velocity(adata: "AnnData", asked: Asked, common: dict[str, Any], *, quiet: bool) -> tuple[bool, list[str]]:
+    """Whether there are velocities, and what came out."""
     from .. import slots, tl
 
     there = {"spliced", "unspliced"} <= set(adata.layers)
@@ -113,21 +169,23 @@ def _velocity(adata: "AnnData", asked: Asked, common: dict[str, Any], *, quiet: 
             msg = "--kernel velocity needs velocities; leave out --velocity none, and give cells with layers 'spliced' "
             msg += "and 'unspliced'"
             raise ConfigError(msg)
-        return []
+        return False, []
     progress(f"velocities ({mode})", quiet)
-    tl.velocity(adata, mode=mode, use_rep=asked.use_rep, random_state=asked.seed)
+    tl.velocity(adata, mode=mode, use_rep=asked.use_rep, **common)
     used = int(np.asarray(adata.var[slots.VELOCITY_GENES]).sum())
     confidence = float(np.nanmean(adata.obs[slots.VELOCITY_CONFIDENCE]))
-    return [f"velocity of {used:,} genes, mean confidence {confidence:.2f}: layers[{slots.VELOCITY!r}]"]
+    return True, [f"velocity of {used:,} genes, mean confidence {confidence:.2f}: layers[{slots.VELOCITY!r}]"]
 
 
-def _pseudotime(adata: "AnnData", asked: Asked, common: dict[str, Any], *, quiet: bool) -> list[str]:
+def _pseudotime(
+    adata: "AnnData", asked: Asked, groups: str | None, common: dict[str, Any], *, quiet: bool
+) -> list[str]:
     from .. import pl, slots, tl
 
     progress("pseudotime", quiet)
     where: dict[str, Any] = {"root": asked.root_cell}
     if asked.root_type is not None:
-        where = {"root_group": asked.root_type, "groupby": asked.label_key}
+        where = {"root_group": asked.root_type, "groupby": groups}
     tl.pseudotime(adata, method=asked.method or "dpt", use_rep=asked.use_rep, **where, **common)
     times = np.asarray(adata.obs[slots.PSEUDOTIME], float)
     lines = [f"pseudotime from {pl.record_of(adata, slots.PSEUDOTIME)['root_name']}: obs[{slots.PSEUDOTIME!r}]"]
@@ -137,48 +195,39 @@ def _pseudotime(adata: "AnnData", asked: Asked, common: dict[str, Any], *, quiet
 
 
 def _fates(
-    adata: "AnnData", asked: Asked, ends: dict[str, list[str]] | None, common: dict[str, Any], *, quiet: bool
+    adata: "AnnData", asked: Asked, groups: str | None, common: dict[str, Any], *, moves: bool, quiet: bool
 ) -> list[str]:
     from .. import slots, tl
     from ..tl.fate import fate_table
 
     progress("fates", quiet)
-    kernel: Any = asked.kernel or ("pseudotime" if slots.VELOCITY not in adata.layers else KERNEL_OF_VELOCITY)
-    settings: dict[str, Any] = {"kernel": kernel, "use_rep": asked.use_rep, **common}
-    if ends is not None:
-        tl.fate(adata, terminal_states=ends, **settings)
+    kernel: Any = asked.kernel or (KERNEL_OF_VELOCITY if moves else "pseudotime")
+    settings: dict[str, Any] = {"kernel": kernel, "random_state": asked.seed}
+    if kernel != "velocity":
+        settings |= {"use_rep": asked.use_rep, "layer": asked.layer}
+    if asked.terminal_types is not None and groups is not None:
+        tl.fate(adata, terminal_states=_ends(adata, groups, asked.terminal_types), **settings)
     else:
-        groups = asked.label_key if asked.label_key in adata.obs else None
         try:
             tl.fate(adata, n_macrostates=asked.n_macrostates, groupby=groups, **settings)
-        except DataError as error:  # the rest of the run stays of use
+        except (ConfigError, DataError) as error:  # the rest of the run stays of use
             return [f"no fates: {error}", "name the ends with --terminal-type"]
     shares = fate_table(adata, None, "diffbio trajectory")
     means = ", ".join(f"{name} {mean:.0%}" for name, mean in shares.mean().items())
     lines = [f"fates (mean probability): {means}: obsm[{slots.FATE_PROB!r}]"]
     if shares.shape[1] > 1:
         tl.driver_genes(adata, **common)
-    if np.isfinite(np.asarray(adata.obs[slots.PSEUDOTIME], float)).all():
-        genes = list(asked.genes or _strongest(adata))
-        if genes:
-            tl.gene_trends(adata, genes, **common)
-            lines.append("trends of " + ", ".join(genes))
+    genes = list(asked.genes or _strongest(adata))
+    if genes:
+        tl.gene_trends(adata, genes, **common)
+        lines.append("trends of " + ", ".join(genes))
     return lines
 
 
-def _ends(adata: "AnnData", asked: Asked) -> dict[str, list[str]]:
+def _ends(adata: "AnnData", groups: str, types: tuple[str, ...]) -> dict[str, list[str]]:
     """Names of the cells of each type that the process ends in."""
-    assert asked.terminal_types is not None
-    if asked.label_key not in adata.obs:
-        msg = f"obs has no column {asked.label_key!r}; name that of the types with --label-key; it has "
-        msg += ", ".join(map(str, adata.obs.columns))
-        raise ConfigError(msg)
-    types = adata.obs[asked.label_key].astype(str)
-    for name in asked.terminal_types:
-        if not (types == name).any():
-            msg = f"no cell has {asked.label_key} {name!r}; there are {', '.join(sorted(types.unique())[:12])}"
-            raise ConfigError(msg)
-    return {name: [str(cell) for cell in adata.obs_names[types == name]] for name in asked.terminal_types}
+    column = adata.obs[groups].astype(str)
+    return {name: [str(cell) for cell in adata.obs_names[column == name]] for name in types}
 
 
 def _strongest(adata: "AnnData") -> list[str]:

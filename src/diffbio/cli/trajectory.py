@@ -15,7 +15,7 @@ def trajectory(
     output: Output,
     root_type: Annotated[str | None, typer.Option(help="Type of cells that the process starts in.")] = None,
     root_cell: Annotated[str | None, typer.Option(help="Name of the cell that it starts from.")] = None,
-    label_key: Annotated[str, typer.Option(help="Column of obs with the types.")] = "cell_type",
+    label_key: Annotated[str | None, typer.Option(help="Column of obs with the types. [default: cell_type]")] = None,
     terminal_type: Annotated[
         list[str] | None, typer.Option(help="Type that the process ends in; may be repeated. [default: found]")
     ] = None,

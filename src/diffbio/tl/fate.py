@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KERNELS = ("connectivity", "pseudotime", "velocity")
+SCHEMES, N_NEIGHBORS = ("hard", "soft"), 15
 MODES_LOOKED_AT = 20  # eigenvalues among which the largest gap is looked for
 
 
@@ -34,13 +35,13 @@ def fate(
     kernel: str | Mapping[str, float] = "connectivity",
     n_macrostates: int | None = None,
     n_terminal: int | None = None,
-    stability_threshold: float = 0.96,
-    n_cells: int = 30,
+    stability_threshold: float | None = None,
+    n_cells: int | None = None,
     groupby: str | None = None,
-    n_neighbors: int = 15,
-    scheme: str = "hard",
-    pseudotime_key: str = "diffbio_pseudotime",
-    velocity_key: str = "diffbio_velocity_graph",
+    n_neighbors: int | None = None,
+    scheme: str | None = None,
+    pseudotime_key: str | None = None,
+    velocity_key: str | None = None,
     use_rep: str | None = None,
     layer: str | None = None,
     random_state: int = 0,
@@ -57,14 +58,16 @@ def fate(
             time; "velocity", a walk along RNA velocities; or weights of several kernels, such as
             {"velocity": 0.8, "connectivity": 0.2}.
         n_macrostates: how many are looked for; None is where the chain's eigenvalues have their largest gap.
-        n_terminal: how many of them are terminal; None is those of stability `stability_threshold` and more.
-        stability_threshold: probability, 0-1, that a step stays in the macrostate.
-        n_cells: a macrostate that is found is held by so many of its surest cells.
+        n_terminal: how many of them are terminal, the most stable first; None is those of stability
+            `stability_threshold` and more.
+        stability_threshold: probability, 0-1, that a step stays in the macrostate; None is 0.96.
+        n_cells: a macrostate that is found is held by so many of its surest cells; None is 30.
         groupby: column of `obs` that gives found macrostates the name of most of their cells; None numbers them.
-        n_neighbors: of the graph, the cell itself among them as in scanpy.
-        scheme: of "pseudotime": "hard" or "soft" (`math.kernels.pseudotime_kernel`).
-        pseudotime_key: of "pseudotime": column of `obs`.
-        velocity_key: of "velocity": sparse matrix in `obsp` of the cosines between velocities and steps.
+        n_neighbors: of the graph, the cell itself among them as in scanpy; None is 15.
+        scheme: of "pseudotime": "hard" (None) or "soft" (`math.kernels.pseudotime_kernel`).
+        pseudotime_key: of "pseudotime": column of `obs`; None is "diffbio_pseudotime".
+        velocity_key: of "velocity": sparse matrix in `obsp` of the cosines between velocities and steps; None is
+            "diffbio_velocity_graph".
         use_rep: key of `obsm` for the graph; None is the PCA of log-normalised counts of the variable genes.
         layer: of the counts that the PCA reads; None is X.
         random_state: of the start of the eigensolver.
@@ -84,19 +87,40 @@ def fate(
     import pandas as pd
 
     shares = _shares(kernel)
-    found_only = {"n_macrostates": n_macrostates, "n_terminal": n_terminal, "groupby": groupby}
+    searched: dict[str, Any] = {
+        "n_macrostates": n_macrostates, "n_terminal": n_terminal, "stability_threshold": stability_threshold,
+        "n_cells": n_cells, "groupby": groupby,
+    }  # fmt: skip
     if terminal_states is not None:
-        asked = {name: value is not None for name, value in found_only.items()}
-        slots.refuse("tl.fate", "given terminal states", **asked)
-    chain = _chain(adata, shares, n_neighbors, scheme, pseudotime_key, velocity_key, use_rep, layer)
+        slots.refuse("tl.fate", "given terminal states", **{key: value is not None for key, value in searched.items()})
+    elif n_terminal is not None:
+        slots.refuse("tl.fate", "a given n_terminal", stability_threshold=stability_threshold is not None)
+    read_by: dict[str, dict[str, Any]] = {
+        "pseudotime": {"scheme": scheme, "pseudotime_key": pseudotime_key}, "velocity": {"velocity_key": velocity_key},
+    }  # fmt: skip
+    if set(shares) == {"velocity"}:
+        read_by["graph"] = {"n_neighbors": n_neighbors, "use_rep": use_rep, "layer": layer}
+    for owner, settings in read_by.items():
+        if owner not in shares:
+            slots.refuse("tl.fate", ", ".join(shares), **{key: value is not None for key, value in settings.items()})
+    given: dict[str, Any] = {"n_macrostates": n_macrostates, "n_terminal": n_terminal, "n_terminal_cells": n_cells}
+    given["stability_threshold"] = stability_threshold
+    asked = FateProbabilityConfig(**{key: value for key, value in given.items() if value is not None})
+    slots.choose(scheme or "hard", SCHEMES, "tl.fate")
+    chain = _chain(
+        adata, shares, n_neighbors or N_NEIGHBORS, scheme or "hard", pseudotime_key, velocity_key, use_rep, layer
+    )
     record: dict[str, Any] = {}
     if terminal_states is None:
-        names, cores, terminal = _found(
-            adata, chain, record, n_macrostates, n_terminal, stability_threshold, n_cells, groupby, random_state
-        )
+        names, cores, terminal = _found(adata, chain, record, n_macrostates, asked, groupby, random_state)
     else:
         names, cores = _given(adata, terminal_states)
         terminal = np.arange(len(names))
+        if (cores >= 0).all():
+            msg = "tl.fate: every cell holds a terminal state, so there are no fates to find; leave out of "
+            msg += "terminal_states the cells that are on their way"
+            raise DataError(msg)
+        adata.obsm.pop(slots.MACROSTATE_PROB, None)  # of an earlier search
     number = np.full(len(names) + 1, -1)  # the last is that of cells in between
     number[terminal] = np.arange(len(terminal))
     op = DifferentiableFateProbability(FateProbabilityConfig(n_macrostates=len(terminal)), rngs=nnx.Rngs(random_state))
@@ -108,6 +132,8 @@ def fate(
     }
     fates = np.asarray(op.apply(data)[0]["fate_probabilities"])
     record["terminal_states"] = [names[k] for k in terminal]
+    adata.varm.pop(slots.DRIVER_GENES, None)  # of other fates
+    adata.uns.pop(slots.GENE_TRENDS, None)
     adata.obsm[slots.FATE_PROB] = pd.DataFrame(fates, index=adata.obs_names, columns=record["terminal_states"])
     adata.obs[slots.MACROSTATE] = pd.Categorical.from_codes(cores.tolist(), categories=pd.Index(names))
     slots.note(adata, slots.FATE, record)
@@ -153,12 +179,18 @@ def driver_genes(
         msg = "tl.driver_genes: groupby and groups go together; pass both or none."
         raise ConfigError(msg)
     probabilities = fate_table(adata, fates, "tl.driver_genes")
+    groups = [groups] if isinstance(groups, str) else groups
     kept = np.ones(adata.n_obs, bool)
     if groupby is not None and groups is not None:
         if groupby not in adata.obs:
             msg = f"obs has no column {groupby!r}; it has {', '.join(map(str, adata.obs.columns)) or 'none'}"
             raise MissingKeyError(msg)
-        kept = np.asarray(adata.obs[groupby].isin(list(groups)))
+        there = set(adata.obs[groupby].astype(str))
+        for name in groups:
+            if str(name) not in there:
+                msg = f"tl.driver_genes: no cell has {groupby} {name!r}; there are {', '.join(sorted(there)[:12])}"
+                raise MissingKeyError(msg)
+        kept = np.asarray(adata.obs[groupby].astype(str).isin([str(name) for name in groups]))
     expression = shifted_log(slots.counts(adata, layer))[kept]
     found = drivers(expression, probabilities.to_numpy(float)[kept], confidence=confidence)
     columns = {
@@ -184,6 +216,7 @@ def fate_table(adata: "AnnData", fates: Sequence[str] | None, who: str) -> "pd.D
     if not isinstance(table, pd.DataFrame):
         names = [str(k + 1) for k in range(np.asarray(table).shape[1])]
         table = pd.DataFrame(np.asarray(table), index=adata.obs_names, columns=names)
+    fates = [fates] if isinstance(fates, str) else fates
     for name in fates or ():
         if name not in table:
             msg = f"{who}: there is no fate {name!r}; there are {', '.join(map(str, table.columns))}"
@@ -192,7 +225,11 @@ def fate_table(adata: "AnnData", fates: Sequence[str] | None, who: str) -> "pd.D
 
 
 def _shares(kernel: str | Mapping[str, float]) -> dict[str, float]:
-    shares = {kernel: 1.0} if isinstance(kernel, str) else dict(kernel)
+    shares = {kernel: 1.0} if isinstance(kernel, str) else kernel
+    if not isinstance(shares, Mapping):
+        msg = f"tl.fate: kernel must be a name or weights by name, such as {{'velocity': 0.8}}; got {kernel!r}."
+        raise ConfigError(msg)
+    shares = dict(shares)
     for name, share in shares.items():
         if name not in KERNELS or not share > 0:
             msg = (
@@ -211,15 +248,20 @@ def _chain(
     shares: dict[str, float],
     n_neighbors: int,
     scheme: str,
-    pseudotime_key: str,
-    velocity_key: str,
+    pseudotime_key: str | None,
+    velocity_key: str | None,
     use_rep: str | None,
     layer: str | None,
 ) -> Edges:
     """The Markov chain of a weighted sum of kernels."""
+    pseudotime_key, velocity_key = pseudotime_key or slots.PSEUDOTIME, velocity_key or slots.VELOCITY_GRAPH
     parts: list[tuple[float, Edges]] = []
     graph = None
     if set(shares) - {"velocity"}:
+        if not 1 < n_neighbors <= adata.n_obs:
+            msg = f"tl.fate: n_neighbors is {n_neighbors}, the cell itself counted, and there are {adata.n_obs} cells; "
+            msg += "pass 2 to that number."
+            raise ConfigError(msg)
         points = slots.representation(adata, use_rep, layer)
         graph = connectivities(jnp.asarray(points), n_neighbors)
     for name, share in shares.items():
@@ -236,11 +278,7 @@ def _chain(
         if pseudotime_key not in adata.obs:
             msg = f"tl.fate: obs has no {pseudotime_key!r}; call tl.pseudotime(adata, root=...) first"
             raise MissingKeyError(msg)
-        when = adata.obs[pseudotime_key].to_numpy(np.float32)
-        if np.isnan(when).any():
-            row = int(np.flatnonzero(np.isnan(when))[0])
-            msg = f"tl.fate: obs[{pseudotime_key!r}] is missing, first in cell {row} ({adata.obs_names[row]})"
-            raise DataError(msg)
+        when = slots.times(adata, pseudotime_key, "tl.fate").astype(np.float32)
         parts.append((share, pseudotime_kernel(graph, jnp.asarray(when), scheme=scheme)))
     return combined_kernel(parts, adata.n_obs)
 
@@ -253,13 +291,17 @@ def _given(adata: "AnnData", states: Mapping[str, Sequence[str]] | str) -> tuple
         if states not in adata.obs:
             msg = f"tl.fate: obs has no column {states!r}; it has {', '.join(map(str, adata.obs.columns)) or 'none'}"
             raise MissingKeyError(msg)
-        column = pd.Categorical(adata.obs[states]).remove_unused_categories()
+        named = adata.obs[states].astype(object)
+        column = pd.Categorical(named.where(named.astype(str) != ""))  # no text is no name
         if not len(column.categories):
             msg = f"tl.fate: obs[{states!r}] names no terminal cell"
             raise DataError(msg)
         return [str(name) for name in column.categories], np.asarray(column.codes).astype(int)
     if not states:
         msg = "tl.fate: terminal_states is empty; name at least one state and its cells"
+        raise DataError(msg)
+    if not adata.obs_names.is_unique:
+        msg = "tl.fate: obs_names holds names twice, so that cells cannot be told apart; adata.obs_names_make_unique()"
         raise DataError(msg)
     names, cores = [str(name) for name in states], np.full(adata.n_obs, -1)
     for code, (name, cells) in enumerate(states.items()):
@@ -284,9 +326,7 @@ def _found(
     chain: Edges,
     record: dict[str, Any],
     n_macrostates: int | None,
-    n_terminal: int | None,
-    stability_threshold: float,
-    n_cells: int,
+    asked: FateProbabilityConfig,
     groupby: str | None,
     seed: int,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -297,8 +337,8 @@ def _found(
     if n_macrostates is None:
         n_macrostates = _number(matrix, seed)
     found = macrostates(matrix, n_macrostates, seed=seed)
-    terminal = terminal_states(found, n_terminal=n_terminal, stability_threshold=stability_threshold)
-    cores = core_cells(found.memberships, n_cells)
+    terminal = terminal_states(found, n_terminal=asked.n_terminal, stability_threshold=asked.stability_threshold)
+    cores = core_cells(found.memberships, asked.n_terminal_cells)
     names = [str(k + 1) for k in range(n_macrostates)]
     if groupby is not None:
         if groupby not in adata.obs:

@@ -70,11 +70,10 @@ def gene_trends(
         missing = names[int(np.flatnonzero(columns < 0)[0])]
         msg = f"tl.gene_trends: there is no gene {missing!r} in var_names"
         raise MissingKeyError(msg)
-    when = adata.obs[pseudotime_key].to_numpy(float)
-    if np.isnan(when).any():
-        row = int(np.flatnonzero(np.isnan(when))[0])
-        msg = f"tl.gene_trends: obs[{pseudotime_key!r}] is missing, first in cell {row} ({adata.obs_names[row]})"
+    if not adata.var_names.is_unique:
+        msg = "tl.gene_trends: var_names holds names twice; call adata.var_names_make_unique() first"
         raise DataError(msg)
+    when = slots.times(adata, pseudotime_key, "tl.gene_trends")
     reached = np.isfinite(when)
     chosen = shifted_log(slots.counts(adata, layer))[:, columns][reached]
     expression = np.asarray(chosen.toarray() if hasattr(chosen, "toarray") else chosen, float)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate
 from .data.provenance import provenance
 from .data.write import add_results
 from .errors import DataWarning
+from .slots import target_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -22,7 +23,7 @@ def recorded[**P](
 ) -> Callable[Concatenate["AnnData", P], Any]:
     """Makes an AnnData function out of one that writes into its argument.
 
-    `copy=True` works on a copy and returns it; `uns["diffbio"][name]` says with which settings, seed and
+    `copy=True` works on a copy in memory and returns it; `uns["diffbio"][name]` says with which settings, seed and
     versions, when, how long and on what device, and what was warned of.
     """
     signature = inspect.signature(function)
@@ -33,12 +34,10 @@ def recorded[**P](
         given.apply_defaults()
         settings = {name: value for name, value in given.arguments.items() if value is not adata}
         copied = bool(settings.pop("copy", False))
-        target = adata.copy() if copied else adata
+        target = target_of(adata, copy=copied)
         with recording() as record:
             function(target, *args, **kwargs)
-        entry = provenance(
-            params=_said(settings), seed=settings.get("random_state", 0), data=target, **record
-        )
+        entry = provenance(params=_said(settings), seed=settings.get("random_state", 0), data=target, **record)
         add_results(target, {f"uns/diffbio/{function.__name__}": entry})
         return target if copied else None
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffbio.math.couplings import couple, dense, landmarks_of, pairs, pull, push
+from diffbio.math.couplings import averages, averages_back, couple, dense, landmarks_of, pairs, pull, push
 
 
 def line(n, shift, seed):
@@ -52,6 +52,7 @@ def test_landmarks_come_close(cells, exact):
     x, y, growth, _, late = cells
     found, grown = couple(x, y, growth, most_dense=0, n_landmarks=20)
     assert not found.exact
+    assert not couple(y, x[:15], np.ones(50), most_dense=0, n_landmarks=20)[0].exact  # only the early ones are many
     assert found.shape == (40, 50)
     np.testing.assert_allclose(dense(found).sum(axis=1), grown, rtol=1e-10)
     assert np.corrcoef(np.log(grown), np.log(exact[1]))[0, 1] > 0.95
@@ -73,6 +74,43 @@ def test_pairs_are_drawn_from_the_plan(cells, most_dense):
     plan = dense(found) / grown.sum()
     # four standard errors of a share p of 20,000 draws
     assert (np.abs(drawn - plan) < 4 * np.sqrt(plan / 20_000) + 2e-4).all()
+
+
+@pytest.mark.parametrize("most_dense", [0, 10**6])
+def test_averages_are_those_of_the_array(cells, most_dense):
+    x, y, growth, *_ = cells
+    found, _ = couple(x, y, growth, most_dense=most_dense, n_landmarks=20, growth_iterations=1)
+    plan, rng = dense(found), np.random.default_rng(0)
+    late, early = (np.where(np.arange(size) % 3 == 0, 0.0, rng.uniform(size=size)) for size in (50, 40))
+    values = rng.normal(size=(50, 2))
+    with np.errstate(divide="ignore"):
+        means, mass = averages(found, values, np.log(late))
+        back, arrived = averages_back(found, values[:40], np.log(early))
+    np.testing.assert_allclose(np.exp(mass), plan @ late, rtol=1e-9)
+    np.testing.assert_allclose(means, (plan @ (late[:, None] * values)) / (plan @ late)[:, None], atol=1e-9)
+    np.testing.assert_allclose(np.exp(arrived), early @ plan, rtol=1e-9)
+    np.testing.assert_allclose(back, (plan.T @ (early[:, None] * values[:40])) / (early @ plan)[:, None], atol=1e-9)
+
+
+@pytest.mark.parametrize("most_dense", [0, 10**6])
+def test_a_cell_far_from_all_others_disturbs_nobody(cells, most_dense):
+    x, y, growth, *_ = cells
+    apart, late = x.copy(), y.copy()
+    apart[0], late[0] = 1e4, -1e4
+    found, grown = couple(apart, late, growth, most_dense=most_dense, n_landmarks=20)
+    assert found.error < 1e-9
+    assert grown[0] == 0
+    assert (grown[1:] > 0).all()
+    assert np.isfinite(found.f).all()
+    means, mass = averages(found, late, np.zeros(50))
+    np.testing.assert_array_less(-1e-9, late.max(axis=0) - means[0])  # among the later cells, if far from itself
+    assert np.isfinite(mass).all()
+    back, arrived = averages_back(found, apart, np.zeros(40))
+    assert np.isfinite(back).all()
+    assert np.isfinite(arrived).all()
+    _, drawn = pairs(found, np.eye(40)[0] + 1e-300, 50, 0)
+    # the far cell stands on the diagonal, at the end of the line
+    assert (np.linalg.norm(late[drawn] - apart[0], axis=1) < np.median(np.linalg.norm(late - apart[0], axis=1))).all()
 
 
 def test_landmarks_are_means_of_their_cells(cells):

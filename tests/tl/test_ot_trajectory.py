@@ -101,6 +101,39 @@ def test_interpolation_ends_at_the_days_and_meets_in_between(made):
     assert from_true[0] < from_true[1] / 1.5
 
 
+def test_cells_far_from_all_others_and_days_without_groups():
+    adata = course(n=12)
+    values = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    values[:, 0] += np.where(adata.obs["kind"] == "a", 3.0, -3.0)
+    first = np.flatnonzero(adata.obs["day"] == "0")
+    values[first[0]] = 1e4, 0.0
+    adata.obsm["place"] = values
+    adata.obs["late"] = adata.obs["kind"].where(adata.obs["day"] != "2")
+    with pytest.warns(DataWarning) as told:
+        found = tl.ot_trajectory(adata, "day", use_rep="place", groupby="late")
+    messages = " ".join(str(warning.message) for warning in told)
+    assert "1 of the 12 cells of day 0 are so far from those of day 2" in messages
+    assert "no cell of day 2 has a group" in messages
+    kept = adata.uns["diffbio_ot"]
+    assert (kept["error"] < 1e-9).all()
+    assert found.growth[first[0]] == 0
+    np.testing.assert_array_equal(kept["flow"], 0)
+    np.testing.assert_allclose(kept["fates"].sum(axis=2), [[1, 1], [0, 0], [1, 1]], rtol=1e-9)
+    fates = found.fates(adata.obs["kind"])
+    np.testing.assert_allclose(fates.sum(axis=1), 1, rtol=1e-9)
+    assert fates["a"].iloc[0] > 0.99  # the side on which it stands
+    for day in (2, 5):
+        after = found.descendants([first[0]], day)
+        assert after.sum() == pytest.approx(1)
+        assert (after[adata.obs.loc[after.index, "kind"] == "a"]).sum() > 0.99
+    for settings in ({}, {"smooth": False}, {"form": "sampled"}):
+        between = found.interpolate(values, 1.0, **settings)
+        assert np.isfinite(between.values).all()
+        assert between.weights.sum() == pytest.approx(1)
+    with pytest.raises(DataError, match="none of the 12 cells of the last day, 5, has a group"):
+        found.fates(adata.obs["kind"].where(adata.obs["day"] != "5"))
+
+
 def test_results_are_written_and_readable(made, tmp_path):
     adata, found = made
     adata.write_h5ad(tmp_path / "course.h5ad")
@@ -124,7 +157,8 @@ def test_growth_given_from_scores_and_landmarks(monkeypatch):
     np.testing.assert_allclose(held.growth[early], adata.obs["rate"][early] ** 2, rtol=1e-6)
     assert "diffbio_ot" in kept.uns
     assert "diffbio_ot" not in adata.uns
-    scored = tl.ot_trajectory(adata, "day", proliferation="divides", apoptosis=["0", "1", "not there"], **SETTINGS)
+    with pytest.warns(DataWarning, match="1 of the 3 genes of a score, such as 'not there'"):
+        scored = tl.ot_trajectory(adata, "day", proliferation="divides", apoptosis=["0", "1", "not there"], **SETTINGS)
     assert (
         scored.growth[early & (adata.obs["kind"] == "a")].min()
         > scored.growth[early & (adata.obs["kind"] == "b")].max()
@@ -142,6 +176,8 @@ def test_growth_given_from_scores_and_landmarks(monkeypatch):
         ({"growth_rate": "day", "proliferation": "day"}, ConfigError, "pass one of them"),
         ({"apoptosis": "day"}, ConfigError, "does nothing without proliferation"),
         ({"proliferation": ["XYZ"]}, MissingKeyError, "none of the 1 genes"),
+        ({"proliferation": []}, ConfigError, "got an empty list"),
+        ({"groupby": "unknown"}, DataError, "nothing but missing values"),
         ({"groupby": "nowhere"}, MissingKeyError, "no column 'nowhere'"),
         ({"sinkhorn_epsilon": 0.0}, ConfigError, "sinkhorn_epsilon must be > 0"),
         ({"n_landmarks": 1}, ConfigError, "n_landmarks must be at least 2"),
@@ -150,7 +186,7 @@ def test_growth_given_from_scores_and_landmarks(monkeypatch):
 )
 def test_bad_calls_are_refused(settings, error, message):
     adata = course(("0", "2"), n=4)
-    adata.obs["once"], adata.obs["dying"] = 1.0, -1.0
+    adata.obs["once"], adata.obs["dying"], adata.obs["unknown"] = 1.0, -1.0, np.nan
     with pytest.raises(error, match=message):
         tl.ot_trajectory(adata, **{"time_key": "day", **settings})
 

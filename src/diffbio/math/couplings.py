@@ -4,6 +4,8 @@ Up to `ot.MOST_DENSE` pairs the potentials are those of the exact plan. For more
 together to landmarks (means of k-means groups, with the masses of their cells); the plan of the landmarks gives the
 later potentials, and each earlier cell gets its own, from its own place, by its marginal condition. That is the plan to
 later cells who stand at their landmarks: of rank n_landmarks, cost and memory linear in the cells.
+
+Cells far from all others have rows or columns that are 0 in double precision; `averages` works on their logarithms.
 """
 
 import math
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .ot import MOST_DENSE, Potentials, coupling, potentials
+from .ot import LEAST, MOST_DENSE, Potentials, coupling, potentials
 
 ENTRIES_PER_BLOCK = 1 << 22  # of the coupling, held at once
 SAMPLE = 2000  # cells of each side whose distances give the median of many, evenly spaced
@@ -39,16 +41,12 @@ class CellCoupling(NamedTuple):
     scale: float  # squared distance that costs 1
     epsilon: float
     error: float  # mass off its marginal condition, of the total; where there are landmarks, of their plan
+    exact: bool = True  # whether every cell, early or late, is its own landmark
 
     @property
     def shape(self) -> tuple[int, int]:
         """Cells, later cells."""
         return len(self.x), len(self.labels)
-
-    @property
-    def exact(self) -> bool:
-        """Whether every later cell is its own landmark."""
-        return len(self.landmarks) == len(self.labels)
 
 
 def couple(
@@ -93,16 +91,19 @@ def couple(
     late, late_labels = landmarks_of(y, n_landmarks, seed=seed)
     masses = np.bincount(early_labels) / len(x), np.bincount(late_labels) / len(y)
     cost = squared_distances(early, late) / scale
-    grown = growth
+    log_grown = np.log(growth)
     with jax.enable_x64(True):  # noqa: FBT003
         before = Potentials(jnp.zeros(len(early)), jnp.zeros(len(late)), jnp.zeros(()))
         for _ in range(growth_iterations):
-            of_landmarks = np.bincount(early_labels, grown) / len(x)
+            log_grown = np.maximum(log_grown, LEAST["float64"])
+            of_landmarks = np.bincount(early_labels, np.exp(log_grown)) / len(x)
             before = _landmark_potentials(cost, of_landmarks, *masses, before, strengths)
             g = np.asarray(before.g)
-            f = _own_potentials(x, late, g, masses[1], np.log(grown), scale, strengths)
-            grown = grown * np.exp(-f / lambda1)  # the marginal condition
-    return CellCoupling(x, f, late, g, late_labels, scale, epsilon, float(before.error)), grown
+            f = _own_potentials(x, late, g, masses[1], log_grown, scale, strengths)
+            log_grown = log_grown - f / lambda1  # the marginal condition
+    own = len(early) == len(x) and len(late) == len(y)
+    found = CellCoupling(x, f, late, g, late_labels, scale, epsilon, float(before.error), own)
+    return found, np.exp(log_grown)
 
 
 def pull(
@@ -124,6 +125,54 @@ def push(
     return total[coupling.labels]
 
 
+def averages(
+    coupling: CellCoupling,
+    values: Float[np.ndarray, "later_cells columns"],
+    log_mass: Float[np.ndarray, " later_cells"],
+) -> tuple[Float[np.ndarray, "cells columns"], Float[np.ndarray, " cells"]]:
+    """Means over each earlier cell's descendants, these weighted by a mass, and the log of the mass that it reaches.
+
+    The second result is log(T exp(log_mass)), the first T (exp(log_mass) values) over that; both by softmax, so that
+    they are finite also where T is 0 in double precision.
+
+    Args:
+        coupling: T.
+        values: of the later cells.
+        log_mass: of the later cells; -inf where there is none, not for all of them.
+    """
+    size = len(coupling.landmarks)
+    top = np.full(size, -np.inf)
+    np.maximum.at(top, coupling.labels, log_mass)
+    there = np.isfinite(top)
+    top = np.where(there, top, 0.0)
+    mass = np.exp(log_mass - top[coupling.labels])
+    held = np.bincount(coupling.labels, mass, minlength=size)
+    means = np.empty((size, values.shape[1]))  # of no columns where only the mass is wanted
+    for k, column in enumerate(values.T):
+        means[:, k] = np.bincount(coupling.labels, mass * column, minlength=size) / np.where(there, held, 1.0)
+    log_held = np.log(held, out=np.full(size, -np.inf), where=there) + top
+    found, reached = np.empty((len(coupling.x), values.shape[1])), np.empty(len(coupling.x))
+    for rows in _pieces(len(coupling.x), size):
+        exponent = _exponents(coupling, rows) + log_held
+        most = exponent.max(axis=1)
+        share = np.exp(exponent - most[:, None])
+        total = share.sum(axis=1)
+        found[rows], reached[rows] = share @ means / total[:, None], most + np.log(total)
+    return found, reached - math.log(len(coupling.labels))
+
+
+def averages_back(
+    coupling: CellCoupling, values: Float[np.ndarray, "cells columns"], log_mass: Float[np.ndarray, " cells"]
+) -> tuple[Float[np.ndarray, "later_cells columns"], Float[np.ndarray, " later_cells"]]:
+    """As `averages` for T^T: means over each later cell's ancestors, and the log of what arrives in its place."""
+    n, m = coupling.shape
+    turned = coupling._replace(
+        x=coupling.landmarks, f=coupling.g, landmarks=coupling.x, g=coupling.f, labels=np.arange(n)
+    )
+    found, reached = averages(turned, values, log_mass)
+    return found[coupling.labels], reached[coupling.labels] + math.log(n / m)
+
+
 def dense(coupling: CellCoupling) -> Float[np.ndarray, "cells later_cells"]:
     """T as an array."""
     return np.concatenate([block for _, block in _blocks(coupling)])[:, coupling.labels]
@@ -139,7 +188,9 @@ def pairs(
     members, first = np.argsort(coupling.labels, kind="stable"), np.cumsum(on_landmark) - on_landmark
     late = np.empty(size, int)
     for place in _pieces(size, len(coupling.landmarks)):
-        share = np.cumsum(_rows(coupling, early[place]) * on_landmark, axis=1)
+        exponent = _exponents(coupling, early[place])
+        # each row over its largest entry: a cell far from all others has its nearest ones, not nobody
+        share = np.cumsum(np.exp(exponent - exponent.max(axis=1, keepdims=True)) * on_landmark, axis=1)
         drawn = (share < (rng.random(len(share)) * share[:, -1])[:, None]).sum(axis=1)
         late[place] = members[first[drawn] + rng.integers(on_landmark[drawn])]
     return early, late
@@ -204,8 +255,12 @@ def _own_potentials(
 
 def _rows(coupling: CellCoupling, rows: slice | np.ndarray) -> np.ndarray:
     """Rows of T, one column for each landmark: what one of its cells gets."""
+    return np.exp(_exponents(coupling, rows)) / len(coupling.labels)
+
+
+def _exponents(coupling: CellCoupling, rows: slice | np.ndarray) -> np.ndarray:
     cost = squared_distances(coupling.x[rows], coupling.landmarks) / coupling.scale
-    return np.exp((coupling.f[rows][:, None] + coupling.g - cost) / coupling.epsilon) / len(coupling.labels)
+    return (coupling.f[rows][:, None] + coupling.g - cost) / coupling.epsilon
 
 
 def _blocks(coupling: CellCoupling) -> Iterator[tuple[slice, np.ndarray]]:
@@ -220,7 +275,7 @@ def _pieces(size: int, width: int) -> Iterator[slice]:
 
 
 def _by_landmark(coupling: CellCoupling, values: np.ndarray) -> np.ndarray:
-    if coupling.exact:
+    if len(coupling.landmarks) == len(coupling.labels):
         return values[np.argsort(coupling.labels)]
     size = len(coupling.landmarks)
     return np.column_stack([np.bincount(coupling.labels, column, minlength=size) for column in values.T])

@@ -30,6 +30,7 @@ DECAY = 0.8  # of epsilon from one iteration to the next, from the median cost d
 ROUGH = {"float64": 1e-6, "float32": 1e-4}  # mass off its marginal, where Newton's method takes over
 CONVERGED = {"float64": 1e-5, "float32": 1e-4}  # of the mass; above, a warning
 NEWTON_STEPS = 3
+LEAST = {"float64": -600.0, "float32": -70.0}  # log of a cell's growth as a solve counts it; less could be 0 mass
 PRECISION = {"float64": 1e-13, "float32": 1e-6}  # of the linear solves, relative
 
 
@@ -124,6 +125,7 @@ def coupling(
 
     def solve(state: tuple[Array, Potentials], _: None) -> tuple[tuple[Array, Potentials], None]:
         log_growth, before = state
+        log_growth = jnp.maximum(log_growth, LEAST[str(cost.dtype)])
         log_b = jax.nn.logsumexp(log_growth) - math.log(n) - math.log(m)
         found = potentials(
             cost, log_growth - math.log(n), jnp.full(m, log_b), jax.lax.stop_gradient(before), regularisation

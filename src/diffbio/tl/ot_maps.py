@@ -21,6 +21,18 @@ class Population(NamedTuple):
     weights: np.ndarray  # (points,), sum 1
 
 
+def logs(mass: np.ndarray) -> np.ndarray:
+    """Logarithms of masses, -inf of 0."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(mass, float))
+
+
+def shares_of(log_mass: np.ndarray) -> np.ndarray:
+    """Masses over their sum."""
+    mass = np.exp(log_mass - log_mass.max())
+    return np.asarray(mass / mass.sum())
+
+
 class OTTrajectory:
     """Couplings between consecutive time points; those between others are their products.
 
@@ -78,17 +90,24 @@ class OTTrajectory:
     def fates(self, groups: Any, day: float | None = None) -> "pd.DataFrame":
         """Share of each cell's descendants on the last day that are in each group, (cells, groups); rows sum to 1.
 
+        The rows are the cells of one day: of the first one, unless `day` names another.
+
         Args:
             groups: (cells of all days,), such as `adata.obs["cell_type"]`; missing values are left out.
-            day: of the cells; None is the first.
+            day: of the cells whose fates are asked for; None is the first day, not all of them.
+
+        Raises:
+            DataError: groups of another length, or none of the last day's cells has a group.
+            MissingKeyError: no such day.
         """
         import pandas as pd
 
         first = self._number(self.days[0] if day is None else day)
         kinds, indicator = self._indicator(groups, len(self.days) - 1)
-        reached = self.carried(indicator, len(self.days) - 1, first)
-        total = reached.sum(axis=1, keepdims=True)
-        shares = np.divide(reached, total, out=np.zeros_like(reached), where=total > 0)
+        if not indicator.any():
+            msg = f"fates: none of the {len(indicator)} cells of the last day, {self.days[-1]:g}, has a group."
+            raise DataError(msg)
+        shares, _ = self.averaged(indicator, logs(indicator.any(axis=1)), len(self.days) - 1, first)
         return pd.DataFrame(shares, index=self.names[self.cells[first]], columns=kinds)
 
     def interpolate(
@@ -127,15 +146,15 @@ class OTTrajectory:
             )
             msg += f'{form!r}; the time must lie between them, form is "expected", or "sampled" for neighbouring days.'
             raise ConfigError(msg)
-        grown = self.carried(np.ones((len(self.cells[last]), 1)), last, first)[:, 0]
-        early, late = grown**share, self.carried((grown ** (share - 1))[:, None], first, last)[:, 0]
+        log_grown = self._log_reached(np.zeros(len(self.cells[last])), last, first)
+        early, late = shares_of(share * log_grown), shares_of(self._log_reached((share - 1) * log_grown, first, last))
         if form == "sampled":
             i, j = couplings.pairs(self.steps[first], early, n_cells, random_state)
             x, y = values[self.cells[first]][i], values[self.cells[last]][j]
             return Population((1 - share) * x + share * y, np.full(n_cells, 1 / n_cells))
         knots = range(len(self.days)) if smooth and between is None else (first, last)
         points = [self._way(values, number, knots, time) for number in (first, last)]
-        weights = (1 - share) * early / early.sum(), share * late / late.sum()
+        weights = (1 - share) * early, share * late
         return Population(np.concatenate(points), np.concatenate(weights))
 
     def carried(self, values: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -149,6 +168,26 @@ class OTTrajectory:
             values = couplings.pull(step, values)
         return values
 
+    def averaged(self, values: np.ndarray, log_mass: np.ndarray, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Means over the relatives on day number `start` of each cell of day `end`, and the log of their mass.
+
+        Finite also for cells so far from all others that the couplings give them no mass in double precision.
+
+        Args:
+            values: (cells of day `start`, columns).
+            log_mass: (cells of day `start`,), by which these count; -inf is not at all.
+            start: number of the day of the relatives.
+            end: of the cells.
+        """
+        for step in self.steps[start:end]:
+            values, log_mass = couplings.averages_back(step, values, log_mass)
+        for step in reversed(self.steps[end:start]):
+            values, log_mass = couplings.averages(step, values, log_mass)
+        return values, log_mass
+
+    def _log_reached(self, log_mass: np.ndarray, start: int, end: int) -> np.ndarray:
+        return self.averaged(np.empty((len(log_mass), 0)), log_mass, start, end)[1]
+
     def _way(self, values: np.ndarray, number: int, knots: Any, time: float) -> np.ndarray:
         """Where cells of one day are at `time`: at each knot they are the mean of their relatives there."""
         from scipy.interpolate import PchipInterpolator
@@ -156,8 +195,7 @@ class OTTrajectory:
         stops = []
         for knot in knots:
             there = values[self.cells[knot]]
-            both = self.carried(np.column_stack([there, np.ones(len(there))]), knot, number)
-            stops.append(there if knot == number else both[:, :-1] / both[:, -1:])
+            stops.append(self.averaged(there, np.zeros(len(there)), knot, number)[0])
         return np.asarray(PchipInterpolator([self.days[k] for k in knots], np.stack(stops))(time))
 
     def _moved(self, who: str, cells: Any, day: float, *, forward: bool) -> "pd.Series":
@@ -169,8 +207,8 @@ class OTTrajectory:
             word = "after" if forward else "before"
             msg = f"{who}: day {day:g} is not {word} day {self.days[number]:g}, that of the cells."
             raise ConfigError(msg)
-        found = self.carried(mask[:, None], number, other)[:, 0]
-        return pd.Series(found / found.sum(), index=self.names[self.cells[other]])
+        found = shares_of(self._log_reached(logs(mask), number, other))
+        return pd.Series(found, index=self.names[self.cells[other]])
 
     def _rows(self, who: str, cells: Any) -> tuple[int, np.ndarray]:
         """Number of the day of some cells, and which of its cells they are (1.0 or 0.0)."""

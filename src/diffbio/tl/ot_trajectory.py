@@ -18,7 +18,7 @@ from ..math.linalg import pca
 from ..math.ot import CONVERGED, LARGEST
 from ..operators.singlecell import OTTrajectoryConfig
 from ..recording import recording
-from .ot_maps import OTTrajectory
+from .ot_maps import OTTrajectory, logs, shares_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -79,8 +79,9 @@ def ot_trajectory(
         An `OTTrajectory`: `transport(t0, t1)`, `descendants`, `ancestors`, `fates`, `interpolate`.
 
     Raises:
-        ConfigError: a setting out of its range, or two sources of growth.
-        DataError: less than two time points, times that are no numbers, growth of 0 or less, or no counts.
+        ConfigError: a setting out of its range, two sources of growth, or a list of no genes.
+        DataError: less than two time points, times that are no numbers, growth of 0 or less, a groupby column without
+            a value, or no counts.
         MissingKeyError: a column, gene or representation is not there.
     """
     config = OTTrajectoryConfig(
@@ -102,6 +103,9 @@ def ot_trajectory(
         if groupby is not None and groupby not in target.obs:
             msg = f"{WHO}: obs has no column {groupby!r}; it has {', '.join(map(str, target.obs.columns))}."
             raise MissingKeyError(msg)
+        if groupby is not None and target.obs[groupby].isna().all():
+            msg = f"{WHO}: obs[{groupby!r}] holds nothing but missing values; groupby needs cells with a group."
+            raise DataError(msg)
         rates = _rates(target, growth_rate, proliferation, apoptosis, layer)
         points = None if use_rep is None else slots.representation(target, use_rep)
         matrix = None if use_rep is not None else _variable(target, layer)
@@ -118,6 +122,12 @@ def ot_trajectory(
             if not step.error <= CONVERGED["float64"]:
                 msg = f"{WHO}: the plan from day {days[k]:g} did not converge, {step.error:.1e} of its mass misses the "
                 msg += "marginals; a larger sinkhorn_epsilon converges faster."
+                warnings.warn(msg, DataWarning, stacklevel=2)
+            lost = int((growth[early] == 0).sum())
+            if lost:
+                msg = f"{WHO}: {lost} of the {len(early)} cells of day {days[k]:g} are so far from those of day "
+                msg += f"{days[k + 1]:g} that their growth is 0 in double precision; their fates are those of the "
+                msg += "nearest cells. Leave out such cells if they are artefacts."
                 warnings.warn(msg, DataWarning, stacklevel=2)
             steps.append(step)
         trajectory = OTTrajectory(target.obs_names, days, cells, steps, growth)
@@ -140,7 +150,8 @@ def between_groups(trajectory: OTTrajectory, groups: Any) -> dict[str, Any]:
     Returns:
         `groups` (names), `share` (days, groups) of the cells, `flow` (steps, groups, groups; sums to 1 at each
         step), `fates` (days, groups, groups of the last day; rows sum to 1, or are 0 where a day has no such cells) and
-        `ancestors` (days, groups of the last day, groups; likewise).
+        `ancestors` (days, groups of the last day, groups; likewise). Cells without a group are left out; what belongs
+        to a day on which no cell has one is 0, and a DataWarning names such days.
     """
     import pandas as pd
 
@@ -149,15 +160,32 @@ def between_groups(trajectory: OTTrajectory, groups: Any) -> dict[str, Any]:
     member = (np.asarray(found.codes)[:, None] == np.arange(len(names))).astype(float)
     of_day = [member[own] for own in trajectory.cells]
     last = len(of_day) - 1
+    empty = [f"{day:g}" for day, own in zip(trajectory.days, of_day, strict=True) if not own.any()]
+    if empty:
+        msg = f"{WHO}: no cell of day {', '.join(empty)} has a group; flow, fates and ancestors are 0 there."
+        warnings.warn(msg, DataWarning, stacklevel=3)
     flow = [early.T @ trajectory.carried(late, k + 1, k) for k, (early, late) in enumerate(itertools.pairwise(of_day))]
-    reached = [trajectory.carried(of_day[last], last, k) for k in range(last + 1)]
+    fates, ancestors = zip(*(_fates(trajectory, own, of_day[last], k) for k, own in enumerate(of_day)), strict=True)
     return {
         "groups": np.array(names, dtype=object),
         "share": np.stack([own.mean(axis=0) for own in of_day]),
-        "flow": np.stack([part / part.sum() for part in flow]),
-        "fates": np.stack([_rows_to_one(own.T @ to) for own, to in zip(of_day, reached, strict=True)]),
-        "ancestors": np.stack([_rows_to_one(to.T @ own) for own, to in zip(of_day, reached, strict=True)]),
+        "flow": np.stack([_rows_to_one(part.reshape(1, -1)).reshape(part.shape) for part in flow]),
+        "fates": np.stack(fates),
+        "ancestors": np.stack(ancestors),
     }
+
+
+def _fates(trajectory: OTTrajectory, own: np.ndarray, late: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fates of the groups of one day, and ancestors there of the groups of the last one."""
+    fates = np.zeros((own.shape[1], late.shape[1]))
+    if not late.any():
+        return fates, fates.copy()
+    shares, log_mass = trajectory.averaged(late, logs(late.any(axis=1)), len(trajectory.days) - 1, number)
+    for group, member in enumerate(own.T > 0):
+        if np.isfinite(log_mass[member]).any():
+            fates[group] = shares_of(log_mass[member]) @ shares[member]
+    mass = np.exp(log_mass - log_mass.max())
+    return fates, _rows_to_one((mass[:, None] * shares).T @ own)
 
 
 def _rows_to_one(values: np.ndarray) -> np.ndarray:
@@ -230,10 +258,18 @@ def _score(adata: "AnnData", wanted: str | Sequence[str], layer: str | None) -> 
 
     if isinstance(wanted, str):
         return _column(adata, wanted)
-    genes = adata.var_names.get_indexer(pd.Index(list(wanted)))
+    wanted = list(wanted)
+    if not wanted:
+        msg = f"{WHO}: proliferation and apoptosis must name a column of obs or at least one gene, got an empty list."
+        raise ConfigError(msg)
+    genes = adata.var_names.get_indexer(pd.Index(wanted))
     if (genes < 0).all():
-        msg = f"{WHO}: none of the {len(genes)} genes, such as {next(iter(wanted), None)!r}, is in var_names."
+        msg = f"{WHO}: none of the {len(genes)} genes, such as {wanted[0]!r}, is in var_names."
         raise MissingKeyError(msg)
+    if (genes < 0).any():
+        msg = f"{WHO}: {(genes < 0).sum()} of the {len(genes)} genes of a score, such as "
+        msg += f"{wanted[int(np.argmin(genes))]!r}, are not in var_names; the score is the mean of the others."
+        warnings.warn(msg, DataWarning, stacklevel=4)
     values = shifted_log(slots.counts(adata, layer), total=LOG_TOTAL)[:, genes[genes >= 0]]
     return mean_z_score(np.asarray(values.toarray() if hasattr(values, "toarray") else values, float))
 

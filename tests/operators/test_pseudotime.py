@@ -201,3 +201,5 @@ def test_what_cannot_be_is_refused_by_name(tree):
         learning.objective(data)
     with pytest.raises(DataError, match="two different known times"):
         learning.objective({**data, "time": jnp.full(120, -1.0)})
+    with pytest.raises(DataError, match="two different known times"):  # infinite is not known
+        learning.objective({**data, "time": jnp.full(120, jnp.inf).at[0].set(1.0)})

@@ -18,7 +18,7 @@ MOST_GROUPS = 40
 
 
 def pseudotime(adata: "AnnData", *, basis: str | None = None, groupby: str | None = None) -> np.ndarray:
-    """Draws cells on a map, coloured by pseudotime, the root marked by a star.
+    """Draws cells on a map, coloured by pseudotime, the root marked by a star if exactly one cell has its name.
 
     Args:
         adata: cells with the results of `tl.pseudotime`.
@@ -30,7 +30,7 @@ def pseudotime(adata: "AnnData", *, basis: str | None = None, groupby: str | Non
         The axes: the map; the branches on it, if they were looked for; the groups, if asked for.
 
     Raises:
-        MissingKeyError: there is no pseudotime yet, or no such key.
+        MissingKeyError: there is no pseudotime yet, no such key, or nothing to draw the cells on.
         DataError: the basis has fewer than two columns.
     """
     import matplotlib.pyplot as plt
@@ -51,9 +51,9 @@ def pseudotime(adata: "AnnData", *, basis: str | None = None, groupby: str | Non
         count = wide + (groups is not None)
         axes = list(plt.subplots(1, count, figsize=(PANEL[0] * count, high), layout="constrained")[1])
     scatter(axes[0], xy, pd.Series(time), title="pseudotime")
-    root = record_of(adata, PSEUDOTIME).get("root")
-    if root is not None and int(root) < len(xy):
-        axes[0].plot(*xy[int(root)], marker="*", ms=13, mfc="white", mec="black", mew=1.0, ls="")
+    root = np.flatnonzero(adata.obs_names == record_of(adata, PSEUDOTIME).get("root_name"))
+    if len(root) == 1:  # by its name: rows are others in a subset
+        axes[0].plot(*xy[root[0]], marker="*", ms=13, mfc="white", mec="black", mew=1.0, ls="")
     axes[0].set_xlabel(short(name), fontsize=8)
     missing = int(np.isnan(time).sum())
     if missing:
@@ -68,6 +68,12 @@ def pseudotime(adata: "AnnData", *, basis: str | None = None, groupby: str | Non
 def _map(adata: "AnnData", basis: str | None) -> tuple[str, np.ndarray]:
     basis = map_key(adata, basis, "pl.pseudotime")
     if basis is None:
+        if DIFFMAP not in adata.obsm:
+            msg = (
+                f"pl.pseudotime: obsm has no map and no {DIFFMAP!r}; call tl.embed(adata) or tl.pseudotime(adata, "
+                "root=...), or name a key of obsm (basis)"
+            )
+            raise MissingKeyError(msg)
         components = np.asarray(adata.obsm[DIFFMAP], float)
         if components.shape[1] < 3:
             msg = f"pl.pseudotime: obsm[{DIFFMAP!r}] has {components.shape[1]} components; name a map (basis)"

@@ -138,7 +138,7 @@ class DifferentiablePseudotime(Operator):
         """embeddings: of the cells, such as principal components.
 
         root_cell_index: row number of the cell that the process starts from, unless the config names it.
-        time: of cells of which it is known, 0 or more; NaN or -1 of others. Only `objective` reads it.
+        time: of cells of which it is known, 0 or more; NaN, infinity or -1 of others. Only `objective` reads it.
 
         Raises:
             MissingKeyError: neither config nor data name the root cell.
@@ -196,7 +196,7 @@ class DifferentiablePseudotime(Operator):
             raise MissingKeyError(msg)
         time = inputs["time"]
         known = jnp.isfinite(time) & (time >= 0)
-        if not isinstance(time, jax.core.Tracer) and len(np.unique(np.asarray(time)[np.asarray(time) >= 0])) < 2:
+        if not isinstance(time, jax.core.Tracer) and len(np.unique(np.asarray(time)[np.asarray(known)])) < 2:
             msg = f"{WHO}: data['time'] must hold at least two different known times (0 or more); it does not."
             raise DataError(msg)
         found = self(**inputs)["pseudotime"]

@@ -13,7 +13,8 @@ Reported is Spearman's correlation of pseudotime and day on the other half, whos
 before and after, mean and range over halvings. "placed": an unseen cell takes the mean rank of the 15 seen cells that
 are nearest in the normaliser's latent space, as a new cell takes its place in an atlas. "by themselves": pseudotime of
 the unseen cells in a graph of their own; with 500 cells that hangs on which axis of the data its first eigenvector
-takes. "control": as many more steps of the normaliser's own objective, without the loss on the order. Baseline: scanpy's steps, the normalised counts' principal components, without imputer, VAE or training.
+takes. "control": as many more steps of the normaliser's own objective, without the loss on the order. Baseline:
+scanpy's steps, the normalised counts' principal components, without imputer, VAE or training.
 """
 
 from __future__ import annotations

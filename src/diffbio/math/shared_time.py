@@ -26,8 +26,9 @@ SETTLING = 20  # steps for a time at the end
 CELLS_AT_ONCE = 256
 GENES_AT_ONCE = 64
 LEAST_RATIO = 1e-2  # of gamma / beta that the prior is centred at
-PRIOR_MEAN = Kinetics(0.0, 1.5, 0.0, 0.0, -0.7, 0.0)
-PRIOR_SPREAD = Kinetics(3.0, 1.5, 2.0, 0.5, 1.0, 0.5)  # of Gaussian priors; weak beside a hundred cells
+# Gaussian priors, weak beside a hundred cells, in the order of Kinetics; None: see `_prior`
+PRIOR_MEAN = (0.0, 1.5, None, 0.0, -0.7, 0.0)
+PRIOR_SPREAD = (3.0, 1.5, 2.0, 0.5, 1.0, None)
 TIME_SPREAD = 1.0  # of the prior of a cell's time around 1/2
 
 
@@ -53,16 +54,17 @@ def misfit(gene: Any, time: Array, data: Any, width: float) -> tuple[Array, Arra
     return data.scale_ratio * u - data.unspliced, s - data.spliced
 
 
-def _prior_of(gene: Any, data: Any, scale_spread: float) -> Array:
-    mean = PRIOR_MEAN._replace(log_ratio=data.ratio)
-    spread = PRIOR_SPREAD._replace(log_scale=scale_spread)
-    return sum(((v - m) / w) ** 2 for v, m, w in zip(gene, mean, spread, strict=True))
+def _prior(data: Any, scale_spread: float) -> tuple[Array, Array]:
+    """Mean and standard deviation of a gene's parameters."""
+    mean = jnp.stack([data.ratio if m is None else jnp.asarray(m, data.ratio.dtype) for m in PRIOR_MEAN])
+    return mean, jnp.asarray([scale_spread if w is None else w for w in PRIOR_SPREAD], data.ratio.dtype)
 
 
 def _gene_loss(gene: Any, time: Array, data: Any, width: float, scale_spread: float) -> Array:
     u, s = misfit(gene, time, data, width)
+    mean, spread = _prior(data, scale_spread)
     noise = (u**2 + s**2).mean() / 2 + FLOOR
-    return len(time) * jnp.log(noise) + 0.5 * _prior_of(gene, data, scale_spread)
+    return len(time) * jnp.log(noise) + 0.5 * (((jnp.stack(gene) - mean) / spread) ** 2).sum()
 
 
 def _levenberg(
@@ -70,8 +72,7 @@ def _levenberg(
 ) -> tuple[Any, Array]:
     """Damped Gauss-Newton steps for one gene at given times: the gene, and the damping to go on with."""
     start, back = ravel_pytree(gene)
-    mean = jnp.stack([jnp.asarray(m, start.dtype) for m in PRIOR_MEAN._replace(log_ratio=data.ratio)])
-    spread = jnp.asarray([*PRIOR_SPREAD._replace(log_scale=scale_spread)], start.dtype)
+    mean, spread = _prior(data, scale_spread)
 
     def residuals(x: Array) -> Array:
         return jnp.concatenate(misfit(back(x), time, data, width))
@@ -105,9 +106,7 @@ def _normal_equations(residuals: Any, x: Array, spread: Array) -> tuple[Array, A
     return jacobian @ jacobian.T / noise + jnp.diag(1.0 / spread**2), jacobian @ r / noise
 
 
-def _fit_genes(
-    z: Shared, damping: Array, data: Problem, width: float, scale_spread: float
-) -> tuple[Kinetics, Array]:
+def _fit_genes(z: Shared, damping: Array, data: Problem, width: float, scale_spread: float) -> tuple[Kinetics, Array]:
     columns = _columns(data)
     return mapped_in_blocks(
         lambda args: _levenberg(args[0], args[1], z.time, args[2], width, scale_spread),
@@ -122,9 +121,7 @@ def _fit_times(z: Shared, data: Problem, width: float) -> Array:
     grid = jnp.linspace(EARLIEST, LATEST, TIMES, dtype=z.time.dtype)
     u, s = jax.vmap(lambda t: curve(z.genes, t, width=width))(grid)
     u = u * data.scale_ratio
-    cost = (weight * (u**2 + s**2)).sum(axis=1) / 2 - (
-        data.unspliced @ (weight * u).T + data.spliced @ (weight * s).T
-    )
+    cost = (weight * (u**2 + s**2)).sum(axis=1) / 2 - (data.unspliced @ (weight * u).T + data.spliced @ (weight * s).T)
     found = jnp.argmin(cost + 0.5 * ((grid - 0.5) / TIME_SPREAD) ** 2, axis=1)
 
     def between(args: tuple[Array, Array, Array]) -> Array:
@@ -202,9 +199,7 @@ def _alternated(time: Array, data: Problem, width: float, scale_spread: float, r
 
 
 @functools.partial(jax.jit, static_argnames=("width", "scale_spread", "rounds"))
-def fit(
-    time: Float[Array, " cells"], data: Problem, *, width: float, scale_spread: float, rounds: int
-) -> Shared:
+def fit(time: Float[Array, " cells"], data: Problem, *, width: float, scale_spread: float, rounds: int) -> Shared:
     """Kinetics and times in turn, from a first order of the cells.
 
     In the last round times are rounded to a grid (of 0.006), genes are fitted to their optimum there, and times then
@@ -224,7 +219,8 @@ def fit(
 
     @jax.checkpoint
     def gene_at_optimum(args: Any) -> Any:
-        return _settled(*args, z.time, width, scale_spread)
+        gene, column = args
+        return _settled(gene, column, z.time, width, scale_spread)
 
     genes = mapped_in_blocks(gene_at_optimum, (z.genes, _columns(data)), GENES_AT_ONCE)
     found = Shared(genes, z.time)
@@ -232,7 +228,8 @@ def fit(
 
     @jax.checkpoint
     def time_at_optimum(args: Any) -> Array:
-        return _settled_time(*args, genes, data.scale_ratio, weight, width)
+        start, u, s = args
+        return _settled_time(start, u, s, genes, data.scale_ratio, weight, width)
 
     times = mapped_in_blocks(time_at_optimum, (z.time, data.unspliced, data.spliced), CELLS_AT_ONCE)
     return found._replace(time=times)
@@ -250,7 +247,7 @@ def _settled(gene: Any, data: Any, time: Array, width: float, scale_spread: floa
     def value(x: Array, data: Any) -> Array:
         return _gene_loss(back(x), time, data, width, scale_spread)
 
-    def newton(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
+    def newton(carry: Any, _: None) -> tuple[Any, None]:
         x, slope, curvature, damping = carry
         tried = x - jnp.linalg.solve(curvature + damping * jnp.diag(jnp.abs(jnp.diag(curvature))), slope)
         now, new_slope = jax.value_and_grad(value)(tried, fixed)
@@ -293,7 +290,7 @@ def _settled_time(
 
     first = (start, start - reach, start + reach)
     t = jax.lax.stop_gradient(jax.lax.scan(step, first, None, length=SETTLING)[0][0])
-    g, curvature = jax.jvp(lambda t: slope(t, *fixed), (t,), (jnp.ones_like(t),))
+    curvature = jax.jvp(lambda t: slope(t, *fixed), (t,), (jnp.ones_like(t),))[1]
     # at the end of its range a time does not follow the data
     free = (jnp.abs(t - start) < 0.999 * reach) & (curvature > 0)
     move = jnp.where(free, slope(t, *given) / jnp.where(free, jax.lax.stop_gradient(curvature), 1.0), 0.0)
@@ -303,7 +300,7 @@ def _settled_time(
 def problem(
     unspliced: Float[Array, "cells genes"], spliced: Float[Array, "cells genes"], ratio: Float[Array, " genes"]
 ) -> Problem:
-    """Moments scaled by each gene's standard deviation; `ratio` is gamma / beta that is expected, as of steady states."""
+    """Moments scaled by each gene's spread; `ratio` is the gamma / beta that is expected, as of steady states."""
     u, s = (_spread(x) for x in (unspliced, spliced))
     return Problem(unspliced / u, spliced / s, s / u, jnp.log(jnp.maximum(ratio, LEAST_RATIO)))
 

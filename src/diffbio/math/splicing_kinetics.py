@@ -26,7 +26,7 @@ class Kinetics(NamedTuple):
 def step_response(
     x: Float[Array, "*times"], ratio: Float[Array, "*_times"]
 ) -> tuple[Float[Array, "*times"], Float[Array, "*times"]]:
-    """u and s at time x >= 0 in units of 1 / beta, after transcription alpha = beta has set in at 0.
+    """Unspliced u and spliced s at time x >= 0 in units of 1 / beta, after transcription alpha = beta has set in at 0.
 
     u = 1 - e^-x, s = (1 - e^-rx) / r + (e^-x - e^-rx) / (1 - r) with r = gamma / beta; finite at r = 0 and r = 1 too.
     """
@@ -72,7 +72,7 @@ def advanced(
     gamma: Float[Array, "*_genes"],
     time: float,
 ) -> tuple[Float[Array, "*cells"], Float[Array, "*cells"]]:
-    """u and s after `time` at a constant rate of transcription; exact."""
+    """State after `time` at a constant rate of transcription; exact."""
     x, ratio = beta * time, gamma / beta
     of_u, of_s = step_response(x, ratio)
     level = alpha / beta

@@ -23,7 +23,7 @@ class Ratios(NamedTuple):
     velocity_genes: Bool[Array, " genes"]
 
 
-@functools.partial(jax.jit, static_argnames=("share", "temperature",))
+@functools.partial(jax.jit, static_argnames=("share", "temperature"))
 def upper_tail(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"] | None,
@@ -48,7 +48,7 @@ def upper_tail(
     return (score >= bound).astype(score.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("share", "temperature",))
+@functools.partial(jax.jit, static_argnames=("share", "temperature"))
 def steady_state(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"],
@@ -56,7 +56,7 @@ def steady_state(
     share: float = 0.05,
     temperature: float = 0.0,
 ) -> Ratios:
-    """gamma = sum(w u s) / sum(w s²) over the cells of `upper_tail`, and which genes follow a line at all.
+    """Ratio gamma = sum(w u s) / sum(w s²) over the cells of `upper_tail`, and which genes follow a line at all.
 
     Differentiable in both. Which cells are in the hard tail and which genes are read is discrete.
     """
@@ -70,7 +70,7 @@ def steady_state(
     return Ratios(gamma, r2, jnp.where(found.sum() < FEWEST_GENES, some, found))
 
 
-@functools.partial(jax.jit, static_argnames=("share", "temperature",))
+@functools.partial(jax.jit, static_argnames=("share", "temperature"))
 def stochastic(
     spliced: Float[Array, "cells genes"],
     unspliced: Float[Array, "cells genes"],
@@ -80,7 +80,7 @@ def stochastic(
     share: float = 0.05,
     temperature: float = 0.0,
 ) -> Ratios:
-    """gamma from means and second moments together, by generalised least squares.
+    """Ratio gamma from means and second moments together, by generalised least squares.
 
     At steady state also 2<us> + <u> = gamma (2<s²> - <s>) (Bergen et al. 2020, eq. 9-10). The two equations are
     weighted by the inverse variance of their residuals. Genes that are no velocity genes keep their steady-state
@@ -117,14 +117,16 @@ def slope(
 
 
 def _largest(x: Float[Array, "cells genes"]) -> Float[Array, " genes"]:
-    """Of every column. Cells of one neighbourhood tie; the derivative of `max` looks for values equal to it, and finds
-    none where the compiler has computed them twice."""
+    """Maximum of every column, with a derivative that holds where the compiler computes x twice.
+
+    Cells of one neighbourhood tie; `max` looks for the values that are equal to it, and may then find none.
+    """
     first = jnp.argmax(jax.lax.stop_gradient(x), axis=0)
     return jnp.take_along_axis(x, first[None], axis=0)[0]
 
 
 def _quantile(x: Float[Array, "cells genes"], q: float) -> Float[Array, " genes"]:
-    """numpy's linear interpolation, with its rounding: between equal values it is that value exactly."""
+    """As numpy, linear interpolation, with its rounding: between equal values it is that value exactly."""
     place = q * (len(x) - 1)
     low = int(place)
     share = place - low

@@ -89,7 +89,7 @@ def surest(found: CosineLists) -> Float[Array, " cells"]:
     return jnp.maximum(jnp.take_along_axis(found.cosines, best[:, None], axis=1)[:, 0], 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "self_transitions",))
+@functools.partial(jax.jit, static_argnames=("scale", "self_transitions"))
 def transition_edges(found: CosineLists, *, scale: float = 10.0, self_transitions: bool = True) -> Edges:
     """The Markov chain P(i -> j) = exp(scale cos_ij) / sum over the candidates j of i.
 
@@ -123,7 +123,7 @@ def confidence(
     *,
     genes: Bool[Array, " genes"] | None = None,
 ) -> Float[Array, " cells"]:
-    """Mean correlation of a cell's velocity with those of its neighbours (scVelo's `velocity_confidence`), not clipped."""
+    """Mean correlation of a cell's velocity with those of its neighbours (as scVelo, unclipped)."""
     used = jnp.ones(velocity.shape[1], velocity.dtype) if genes is None else genes.astype(velocity.dtype)
     moved = _centred(velocity, used, jnp.maximum(used.sum(), 1.0))
     length = safe_norm(moved)
@@ -195,9 +195,7 @@ def potential(
 
     precision = 1e-12 if cosines.dtype == jnp.float64 else 1e-7
     goal = to_cells(cosines)
-    t, _ = jax.scipy.sparse.linalg.cg(
-        laplacian, goal, tol=precision, maxiter=STEPS_OF_SOLVER, M=lambda r: r / degree
-    )
+    t, _ = jax.scipy.sparse.linalg.cg(laplacian, goal, tol=precision, maxiter=STEPS_OF_SOLVER, M=lambda r: r / degree)
     return t
 
 

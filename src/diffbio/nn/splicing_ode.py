@@ -82,7 +82,9 @@ class SplicingODE(nnx.Module):
         k2 = self.derivative(moved(k1, 0.5), time + half)
         k3 = self.derivative(moved(k2, 0.5), time + half)
         k4 = self.derivative(moved(k3, 1.0), time + whole)
-        return State(*(x + self.dt / 6 * (a + 2 * b + 2 * c + d) for x, a, b, c, d in zip(now, k1, k2, k3, k4, strict=True)))
+        return State(
+            *(x + self.dt / 6 * (a + 2 * b + 2 * c + d) for x, a, b, c, d in zip(now, k1, k2, k3, k4, strict=True))
+        )
 
     def trajectory(self) -> State:
         """States at the n_steps + 1 times of the grid, (times, genes)."""
@@ -122,7 +124,7 @@ class SplicingODE(nnx.Module):
         return of_u + of_s, {"unspliced": of_u, "spliced": of_s}
 
     def start_from(self, now: State, ratio: Any, first_time: Any) -> None:
-        """Spreads and means of the data, gamma / beta, and a line through the features to a first guess of the times."""
+        """Takes spreads and means from data, gamma / beta, and a line of features through first times."""
         u, s = (np.asarray(x, np.float64) for x in now)
         dtype = self.spread_u[...].dtype
 

@@ -30,8 +30,7 @@ from ..base import Config, Data, Operator, checked_counts, nonnegative, one_of, 
 
 COMPONENTS = 30  # of the log-normalised spliced counts, where no neighbours are given
 MODES = ("steady_state", "stochastic", "dynamical", "neural_ode")
-OF_DYNAMICAL = {"switch_width": 0.02, "scaling_spread": 0.5, "n_iterations": 20}
-OF_NEURAL_ODE = {"hidden_dim": 64, "n_steps": 10}
+OF_ONE_MODE = {"dynamical": ("switch_width", "scaling_spread", "n_iterations"), "neural_ode": ("hidden_dim", "n_steps")}
 LEAST_FIT = 0.2  # share of a gene's variance that its kinetics explain, for a velocity gene
 
 
@@ -48,16 +47,16 @@ class VelocityConfig(Config):
     reach: 1 compares a velocity with the ways to the neighbours, 2 also with those to their neighbours.
     scale: transition probabilities are exp(scale cosine), normalised.
     self_transitions: a cell whose velocity points nowhere may stay.
-    variance_stabilized: compares signed square roots; None does so for "stochastic" only.
+    variance_stabilized: compares signed square roots: "stochastic" in that mode only, as scVelo, "always" or "never".
     dt: time after which `projected_spliced` is the state; in units of 1 / beta, of "dynamical" in those of
         latent_time; of "neural_ode" also the length of a step.
-    switch_width: of "dynamical": time in which transcription is switched on or off, in units of latent_time; None is
-        0.02, and 0 (a kink in the curves) is not offered.
-    scaling_spread: of "dynamical": spread of the prior of the log of how many unspliced molecules are seen per
-        molecule; near 0 they are seen as often as spliced ones. None is 0.5.
-    n_iterations: of "dynamical": rounds of the fit; None is 20.
-    hidden_dim: of "neural_ode": width of its networks; None is 64.
-    n_steps: of "neural_ode": steps of dt in which time goes from 0 to 1; None is 10.
+    switch_width: of "dynamical" only: time in which transcription is switched on or off, in units of latent_time. As
+        it goes to 0 the curves are those of scVelo's model, which have a kink there.
+    scaling_spread: of "dynamical" only: spread of the prior of the log of how many unspliced molecules are seen per
+        molecule; near 0 they are seen as often as spliced ones.
+    n_iterations: of "dynamical" only: rounds of the fit.
+    hidden_dim: of "neural_ode" only: width of its networks.
+    n_steps: of "neural_ode" only: steps of dt in which time goes from 0 to 1.
     """
 
     n_genes: int = positive(2000)
@@ -69,21 +68,22 @@ class VelocityConfig(Config):
     reach: int = setting(2, "1 or 2", lambda v: v in (1, 2))
     scale: float = positive(10.0)
     self_transitions: bool = True
-    variance_stabilized: bool | None = None
+    variance_stabilized: str = one_of("stochastic", "always", "never")
     dt: float = positive(0.1)
-    switch_width: float | None = positive(None)
-    scaling_spread: float | None = positive(None)
-    n_iterations: int | None = positive(None)
-    hidden_dim: int | None = positive(None)
-    n_steps: int | None = positive(None)
+    switch_width: float = positive(0.02)
+    scaling_spread: float = positive(0.5)
+    n_iterations: int = positive(20)
+    hidden_dim: int = positive(64)
+    n_steps: int = positive(10)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for names, owner in ((OF_DYNAMICAL, "dynamical"), (OF_NEURAL_ODE, "neural_ode")):
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        for owner, names in OF_ONE_MODE.items():
             for name in names:
-                if getattr(self, name) is not None and self.kinetics_model != owner:
+                if getattr(self, name) != usual[name] and self.kinetics_model != owner:
                     msg = f"VelocityConfig.{name} is for kinetics_model {owner!r}, and does nothing for "
-                    msg += f"{self.kinetics_model!r}; leave it None."
+                    msg += f"{self.kinetics_model!r}; leave it {usual[name]!r}."
                     raise ConfigError(msg)
 
 
@@ -150,8 +150,8 @@ class DifferentiableVelocity(Operator):
         self.ode = nnx.data(None)
         if config.kinetics_model == "neural_ode":
             self.ode = SplicingODE(
-                config.n_genes, hidden_dim=_given(config.hidden_dim, OF_NEURAL_ODE["hidden_dim"]), dt=config.dt,
-                n_steps=_given(config.n_steps, OF_NEURAL_ODE["n_steps"]), rngs=rngs,
+                config.n_genes, hidden_dim=config.hidden_dim, dt=config.dt,
+                n_steps=config.n_steps, rngs=rngs,
             )  # fmt: skip
             self.fitted = False
 
@@ -242,6 +242,7 @@ class DifferentiableVelocity(Operator):
 
     def _distance(self, data: Data) -> tuple[Array, dict[str, Array]]:
         inputs = self._inputs(data)
+        assert self.ode is not None
         return self.ode.loss(State(inputs["unspliced"], inputs["spliced"]))
 
     def for_training(self, data: Data) -> Data:
@@ -272,16 +273,10 @@ class DifferentiableVelocity(Operator):
 
     def _dynamical(self, indices: Array, now: State, first: Ratios) -> Rates:
         config = self.config
-        start = self.potential_time(
-            indices, now, now.unspliced - first.gamma * now.spliced, first.velocity_genes
-        )
-        width = float(_given(config.switch_width, OF_DYNAMICAL["switch_width"]))
+        start = self.potential_time(indices, now, now.unspliced - first.gamma * now.spliced, first.velocity_genes)
+        width = config.switch_width
         data = problem(now.unspliced, now.spliced, first.gamma)
-        found = fit(
-            _ranks(start), data, width=width,
-            scale_spread=float(_given(config.scaling_spread, OF_DYNAMICAL["scaling_spread"])),
-            rounds=int(_given(config.n_iterations, OF_DYNAMICAL["n_iterations"])),
-        )  # fmt: skip
+        found = fit(_ranks(start), data, width=width, scale_spread=config.scaling_spread, rounds=config.n_iterations)
         explained = 1.0 - noise_of(found, data, width)
         gene, time = found.genes, found.time
         fixed = jax.lax.stop_gradient(time)
@@ -309,7 +304,7 @@ class DifferentiableVelocity(Operator):
 
     def _rooted(self) -> bool:
         asked = self.config.variance_stabilized
-        return self.config.kinetics_model == "stochastic" if asked is None else asked
+        return asked == "always" or asked == self.config.kinetics_model
 
     def _moments(
         self, spliced: Array, unspliced: Array, neighbor_indices: Array | None
@@ -393,10 +388,6 @@ class DifferentiableVelocity(Operator):
             "dynamical": (cls(dynamical, rngs=nnx.Rngs(0)), data | {"neighbor_indices": near}),
             "neural ode": (cls(ode, rngs=nnx.Rngs(0)), data),
         }
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def _ranks(values: Array) -> Array:

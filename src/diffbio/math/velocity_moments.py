@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .diffusion import Markov, step
@@ -23,7 +24,7 @@ def size_normalized(counts: Float[Array, "cells genes"]) -> Float[Array, "cells 
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
-def neighborhood(indices: Int[Array, "cells neighbors"], dtype: jnp.dtype) -> Markov:
+def neighborhood(indices: Int[Array, "cells neighbors"], dtype: DTypeLike) -> Markov:
     """The chain whose step is a mean over a cell, its neighbours, and the cells of which it is a neighbour.
 
     That is the union graph of the lists with all weights 1, as scVelo's moments take it.

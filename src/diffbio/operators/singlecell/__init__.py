@@ -37,10 +37,10 @@ from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .mmd_batch_correction import DifferentiableMMDBatchCorrection as DifferentiableMMDBatchCorrection
 from .mmd_batch_correction import MMDBatchCorrectionConfig as MMDBatchCorrectionConfig
-from .pseudotime import DifferentiablePseudotime as DifferentiablePseudotime
-from .pseudotime import PseudotimeConfig as PseudotimeConfig
 from .ot_trajectory import DifferentiableOTTrajectory as DifferentiableOTTrajectory
 from .ot_trajectory import OTTrajectoryConfig as OTTrajectoryConfig
+from .pseudotime import DifferentiablePseudotime as DifferentiablePseudotime
+from .pseudotime import PseudotimeConfig as PseudotimeConfig
 from .quality_filter import DifferentiableQualityFilter as DifferentiableQualityFilter
 from .quality_filter import QualityFilterConfig as QualityFilterConfig
 from .simulation import DifferentiableSimulator as DifferentiableSimulator

@@ -9,6 +9,7 @@ from diffbio.math.velocity_graph import (
     candidates,
     confidence,
     cosine_lists,
+    distinct_candidates,
     potential,
     projected,
     transition_edges,
@@ -137,3 +138,12 @@ def test_gradient_of_the_times():
 
         numeric = f(cosines + way) - f(cosines)  # it is linear
         np.testing.assert_allclose((jax.grad(f)(cosines) * way).sum(), numeric, rtol=1e-8)
+
+
+def test_short_lists_hold_the_same_cells():
+    short = distinct_candidates(NEAR)
+    assert all(sorted(set(map(int, row))) == reachable(i) for i, row in enumerate(short))
+    assert short.shape[1] == max(len(reachable(i)) for i in range(N))
+    found = cosine_lists(jnp.asarray(X), jnp.asarray(V), jnp.asarray(short))
+    rows = np.repeat(np.arange(N), short.shape[1])
+    np.testing.assert_allclose(dense(rows, found.columns.ravel(), found.cosines.ravel()), matrix_of(), atol=1e-5)

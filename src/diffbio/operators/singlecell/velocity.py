@@ -20,6 +20,7 @@ from ...math.velocity_graph import (
     candidates,
     confidence,
     cosine_lists,
+    distinct_candidates,
     potential,
     transition_edges,
     unit_interval,
@@ -164,17 +165,25 @@ class DifferentiableVelocity(Operator):
         """spliced: counts.
 
         unspliced: counts.
-        neighbor_indices: row numbers of each cell's neighbours, itself excluded.
+        neighbor_indices: row numbers of each cell's neighbours, itself excluded. Given as values (in jit: as constants,
+            not as an argument), the lists of transitions are several times shorter.
 
         Raises:
             DataError: fewer cells than n_neighbors; and where values are known (not under jit): negative or missing
                 counts, a layer without any, or row numbers out of range.
         """
-        config = self.config
         around, now, second = self._moments(spliced, unspliced, neighbor_indices)
-        return self._outputs(around.indices, now, self.rates(around.indices, now, second), config)
+        columns = self._columns(neighbor_indices, around.indices)
+        return self._outputs(around.indices, columns, now, self.rates(around.indices, now, second))
 
-    def _outputs(self, indices: Array, now: State, rates: Rates, config: VelocityConfig) -> Velocities:
+    def _columns(self, given: Array | None, indices: Array) -> Array:
+        """Cells that each velocity is compared with; where neighbours are given as values, without repeats."""
+        if given is None or isinstance(given, jax.core.Tracer):
+            return candidates(indices, reach=self.config.reach)
+        return jnp.asarray(distinct_candidates(np.asarray(given), reach=self.config.reach))
+
+    def _outputs(self, indices: Array, columns: Array, now: State, rates: Rates) -> Velocities:
+        config = self.config
         per_splicing = now.unspliced / rates.scaling - rates.gamma / rates.beta * now.spliced
         rooted = self._rooted()
         lists = cosine_lists(

@@ -185,11 +185,7 @@ class DifferentiableVelocity(Operator):
     def _outputs(self, indices: Array, columns: Array, now: State, rates: Rates) -> Velocities:
         config = self.config
         per_splicing = now.unspliced / rates.scaling - rates.gamma / rates.beta * now.spliced
-        rooted = self._rooted()
-        lists = cosine_lists(
-            now.spliced, per_splicing, candidates(indices, reach=config.reach), genes=rates.genes,
-            variance_stabilized=rooted,
-        )  # fmt: skip
+        lists = cosine_lists(now.spliced, per_splicing, columns, genes=rates.genes, variance_stabilized=self._rooted())
         edges = transition_edges(lists, scale=config.scale, self_transitions=config.self_transitions)
         time = rates.time
         if time is None:

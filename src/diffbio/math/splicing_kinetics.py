@@ -43,11 +43,11 @@ def _mean_decay(z: Array) -> Array:
     return jnp.where(near, series, -jnp.expm1(-safe) / safe)
 
 
-def since(t: Array, start: Array, width: float) -> Array:
-    """Time since `start`, 0 before it; smooth over `width`: width log(1 + e^((t - start) / width))."""
+def since(elapsed: Array, width: float) -> Array:
+    """Elapsed time, 0 where it is negative; smooth over `width`: width log(1 + e^(elapsed / width))."""
     if width == 0:
-        return jnp.maximum(t - start, 0.0)
-    return width * jax.nn.softplus((t - start) / width)
+        return jnp.maximum(elapsed, 0.0)
+    return width * jax.nn.softplus(elapsed / width)
 
 
 def curve(gene: Kinetics, t: Float[Array, "*times"], *, width: float) -> tuple[Array, Array]:
@@ -58,9 +58,10 @@ def curve(gene: Kinetics, t: Float[Array, "*times"], *, width: float) -> tuple[A
     """
     beta, ratio = jnp.exp(gene.log_beta), jnp.exp(gene.log_ratio)
     level = jnp.exp(gene.log_level)
-    rise = step_response(beta * since(t, gene.on, width), ratio)
-    fall = step_response(beta * since(t, gene.on + jnp.exp(gene.log_span), width), ratio)
-    return jnp.exp(gene.log_scale) * level * (rise[0] - fall[0]), level * (rise[1] - fall[1])
+    # both switches in one array: programs with derivatives of this are half as long
+    elapsed = jnp.stack([t - gene.on, t - gene.on - jnp.exp(gene.log_span)])
+    u, s = step_response(beta * since(elapsed, width), ratio)
+    return jnp.exp(gene.log_scale) * level * (u[0] - u[1]), level * (s[0] - s[1])
 
 
 def advanced(

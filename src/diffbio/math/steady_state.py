@@ -130,6 +130,6 @@ def _quantile(x: Float[Array, "cells genes"], q: float) -> Float[Array, " genes"
     place = q * (len(x) - 1)
     low = int(place)
     share = place - low
-    ordered = jnp.sort(x, axis=0)
-    a, b = ordered[low], ordered[min(low + 1, len(x) - 1)]
+    highest = jax.lax.top_k(x.T, len(x) - low)[0]  # a twentieth of the cells: much less than sorting all
+    a, b = highest[:, -1], highest[:, max(len(x) - low - 2, 0)]
     return a + (b - a) * share if share < 0.5 else b - (b - a) * (1.0 - share)

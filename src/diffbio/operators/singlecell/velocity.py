@@ -271,9 +271,7 @@ class DifferentiableVelocity(Operator):
 
     def potential_time(self, indices: Array, now: State, velocity: Array, genes: Array) -> Float[Array, " cells"]:
         """Times, 0 to 1, whose differences along the graph are nearest to the velocities' cosines."""
-        lists = cosine_lists(
-            now.spliced, velocity, jnp.sort(indices, axis=1), genes=genes, variance_stabilized=self._rooted()
-        )
+        lists = cosine_lists(now.spliced, velocity, indices, genes=genes, variance_stabilized=self._rooted())
         return unit_interval(potential(lists.columns, lists.cosines))
 
     def _dynamical(self, indices: Array, now: State, first: Ratios) -> Rates:

@@ -196,7 +196,7 @@ class DifferentiablePseudotime(Operator):
             raise MissingKeyError(msg)
         time = inputs["time"]
         known = jnp.isfinite(time) & (time >= 0)
-        if not isinstance(time, jax.core.Tracer) and len(np.unique(np.asarray(time)[np.asarray(known)])) < 2:
+        if not isinstance(time, jax.core.Tracer) and _different_times(np.asarray(time)) < 2:
             msg = f"{WHO}: data['time'] must hold at least two different known times (0 or more); it does not."
             raise DataError(msg)
         found = self(**inputs)["pseudotime"]
@@ -291,6 +291,11 @@ class DifferentiablePseudotime(Operator):
             "palantir": (op(n_diffusion_components=5, method="palantir"), {"embeddings": arc, "root_cell_index": root}),
             "learned metric": (weights, {"embeddings": line, "root_cell_index": root, "time": time}),
         }
+
+
+def _different_times(time: np.ndarray) -> int:
+    """In numpy: inside jit, jax traces even what is done to constants."""
+    return len(np.unique(time[np.isfinite(time) & (time >= 0)]))
 
 
 def _correlation(a: Array, b: Array, weight: Array) -> Array:

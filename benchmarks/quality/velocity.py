@@ -48,13 +48,16 @@ def ours(data: Any, mode: str, **settings: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
 
+    from diffbio.math.velocity_graph import distinct_candidates
     from diffbio.operators.singlecell import DifferentiableVelocity, VelocityConfig
 
     config = VelocityConfig(n_genes=data["spliced"].shape[1], kinetics_model=mode, normalize=False, **settings)
     op = DifferentiableVelocity(config, rngs=nnx.Rngs(0))
     inputs = {key: jnp.asarray(data[key], jnp.float32) for key in ("spliced", "unspliced")}
-    near = {"neighbor_indices": jnp.asarray(data["neighbors"])}  # as constants: the lists are short
-    run = jax.jit(lambda data: op.apply({**data, **near})[0])
+    near = np.asarray(data["neighbors"])
+    inputs["neighbor_indices"] = jnp.asarray(near)
+    inputs["candidate_indices"] = jnp.asarray(distinct_candidates(near, reach=config.reach))
+    run = jax.jit(lambda data: op.apply(data)[0])
     found = jax.device_get(run(inputs))
     start = time.process_time()
     jax.block_until_ready(run(inputs))

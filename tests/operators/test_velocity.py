@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from diffbio import fit
 from diffbio.errors import ConfigError, DataError
 from diffbio.math.splicing_kinetics import Kinetics, curve
+from diffbio.math.velocity_graph import distinct_candidates
 from diffbio.operators.singlecell import DifferentiableVelocity, VelocityConfig
 
 N, G = 60, 6
@@ -130,3 +131,17 @@ def test_what_cannot_work_is_refused(course):
     few = {k: v[:5] for k, v in data.items() if k != "neighbor_indices"}
     with pytest.raises(DataError, match=r"n_neighbors is 8.*only 5 cells"):
         run(op, few)
+
+
+def test_short_lists_give_the_same_chain(course):
+    data, _ = course
+    op = made("steady_state")
+    short = distinct_candidates(data["neighbor_indices"].astype(np.int32))
+    chains = []
+    for found in (run(op, data), run(op, data | {"candidate_indices": short})):
+        chain = np.zeros((N, N))
+        np.add.at(chain, (found["transition_rows"], found["transition_columns"]), found["transition_weights"])
+        chains.append(chain)
+    np.testing.assert_allclose(*chains, atol=1e-6)
+    with pytest.raises(DataError, match=r"candidate_indices.* row numbers from 0 to 59"):
+        run(op, data | {"candidate_indices": short + N})

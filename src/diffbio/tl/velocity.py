@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from scipy import sparse
@@ -14,6 +13,7 @@ from ..data.matrix import library_sizes
 from ..errors import DataError, MissingKeyError
 from ..fitting import fit
 from ..math.neighbors import knn
+from ..math.velocity_graph import distinct_candidates
 from ..operators.singlecell import DifferentiableVelocity, VelocityConfig
 from ..recording import recorded
 
@@ -87,8 +87,8 @@ def velocity(
         epochs: dict[str, Any] = {} if max_epochs is None else {"max_epochs": max_epochs}
         fit(op, data, seed=random_state, progress=progress, **epochs)
     graph, state = nnx.split(op)
-    near = {"neighbor_indices": jnp.asarray(data.pop("neighbor_indices"))}  # known to the compiler: short lists
-    run = jax.jit(lambda state, data: nnx.merge(graph, state).apply({**data, **near})[0])
+    data["candidate_indices"] = distinct_candidates(data["neighbor_indices"])
+    run = jax.jit(lambda state, data: nnx.merge(graph, state).apply(data)[0])
     found: dict[str, Any] = jax.device_get(run(state, data))
     adata.layers[slots.VELOCITY] = slots.all_genes(found["velocity"], genes, adata.n_vars)
     for name in ("alpha", "beta", "gamma"):

@@ -20,7 +20,6 @@ from ...math.velocity_graph import (
     candidates,
     confidence,
     cosine_lists,
-    distinct_candidates,
     potential,
     transition_edges,
     unit_interval,
@@ -141,7 +140,9 @@ class DifferentiableVelocity(Operator):
     """
 
     config: VelocityConfig
-    cell_numbers: ClassVar[frozenset[str]] = frozenset({"neighbor_indices", "transition_rows", "transition_columns"})
+    cell_numbers: ClassVar[frozenset[str]] = frozenset(
+        {"neighbor_indices", "candidate_indices", "transition_rows", "transition_columns"}
+    )
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 200, "batch_size": 256, "learning_rate": 3e-3, "validation": 0.0,
     }  # fmt: skip
@@ -161,26 +162,26 @@ class DifferentiableVelocity(Operator):
         spliced: Float[Array, "cells genes"],
         unspliced: Float[Array, "cells genes"],
         neighbor_indices: Int[Array, "cells nearest"] | None = None,
+        candidate_indices: Int[Array, "cells candidates"] | None = None,
     ) -> Velocities:
         """spliced: counts.
 
         unspliced: counts.
-        neighbor_indices: row numbers of each cell's neighbours, itself excluded. Given as values (in jit: as constants,
-            not as an argument), the lists of transitions are several times shorter.
+        neighbor_indices: row numbers of each cell's neighbours, itself excluded.
+        candidate_indices: cells that each velocity is compared with, sorted; `math.velocity_graph.distinct_candidates`
+            gives those of `reach` in lists several times shorter than those made here, which have one length.
 
         Raises:
             DataError: fewer cells than n_neighbors; and where values are known (not under jit): negative or missing
                 counts, a layer without any, or row numbers out of range.
         """
         around, now, second = self._moments(spliced, unspliced, neighbor_indices)
-        columns = self._columns(neighbor_indices, around.indices)
+        if candidate_indices is None:
+            columns = candidates(around.indices, reach=self.config.reach)
+        else:
+            self._check_indices("candidate_indices", candidate_indices, len(spliced))
+            columns = candidate_indices
         return self._outputs(around.indices, columns, now, self.rates(around.indices, now, second))
-
-    def _columns(self, given: Array | None, indices: Array) -> Array:
-        """Cells that each velocity is compared with; where neighbours are given as values, without repeats."""
-        if given is None or isinstance(given, jax.core.Tracer):
-            return candidates(indices, reach=self.config.reach)
-        return jnp.asarray(distinct_candidates(np.asarray(given), reach=self.config.reach))
 
     def _outputs(self, indices: Array, columns: Array, now: State, rates: Rates) -> Velocities:
         config = self.config
@@ -321,7 +322,7 @@ class DifferentiableVelocity(Operator):
         if neighbor_indices is None:
             self._check_enough(len(spliced))
         else:
-            self._check_indices(neighbor_indices, len(spliced))
+            self._check_indices("neighbor_indices", neighbor_indices, len(spliced))
         if self.config.normalize:
             spliced, unspliced = size_normalized(spliced), size_normalized(unspliced)
         indices = self._neighbors(spliced) if neighbor_indices is None else neighbor_indices
@@ -351,13 +352,13 @@ class DifferentiableVelocity(Operator):
             msg += f"only {n_cells} cells; lower it."
             raise DataError(msg)
 
-    def _check_indices(self, indices: Array, n_cells: int) -> None:
+    def _check_indices(self, key: str, indices: Array, n_cells: int) -> None:
         if isinstance(indices, jax.core.Tracer) or not indices.size:
             return
         lowest, highest = int(np.asarray(indices).min()), int(np.asarray(indices).max())
         if lowest < 0 or highest >= n_cells:
             odd = lowest if lowest < 0 else highest
-            msg = f"{type(self).__name__}: data['neighbor_indices'] holds {odd}, but row numbers from 0 to "
+            msg = f"{type(self).__name__}: data[{key!r}] holds {odd}, but row numbers from 0 to "
             msg += f"{n_cells - 1} are wanted."
             raise DataError(msg)
 

@@ -44,6 +44,12 @@ VELOCITY, VELOCITY_GENES, VELOCITY_CONFIDENCE = (
 )
 VELOCITY_GRAPH, VELOCITY_TRANSITION = "diffbio_velocity_graph", "diffbio_velocity_transition"
 LATENT_TIME = "diffbio_latent_time"
+SPATIAL, DOMAIN, DOMAIN_PROB = "spatial", "diffbio_domain", "diffbio_domain_prob"
+SPATIAL_EMBEDDING, SPATIAL_ATTENTION = "X_diffbio_spatial", "diffbio_spatial_attention"
+SPATIAL_ALIGNED, ALIGNMENT = "diffbio_spatial_aligned", "diffbio_alignment"
+GRN, TF_ACTIVITY = "diffbio_grn", "diffbio_tf_activity"
+LIGAND_RECEPTOR, COMMUNICATION = "diffbio_lr", "diffbio_communication"
+SWITCH_DE, DIFFERENTIAL_DISTRIBUTION = "diffbio_switch_de", "diffbio_differential_distribution"
 PSEUDOTIME, DIFFMAP, BRANCH = "diffbio_pseudotime", "X_diffbio_diffmap", "diffbio_branch"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named
 

@@ -1,7 +1,7 @@
 """`diffbio.fit`: data as a user has it, into the training loop."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ def fit(
     force: bool = False,
     progress: bool = True,
     devices: Devices = None,
+    stages: Sequence[Any] | None = None,
     **settings: Any,
 ) -> History:
     """Trains an operator, a pipeline or a model on `data`; afterwards it is fitted and in eval mode.
@@ -60,7 +61,8 @@ def fit(
         force: goes on even if the config of the model or the settings are others by now.
         progress: a bar on a terminal, a line per epoch elsewhere.
         devices: that share every minibatch: how many, -1 for all, or a list of JAX devices; None is one device, or in
-            a run of several processes (`diffbio.parallel.join`) all of theirs. Not for a pipeline.
+            a run of several processes (`diffbio.parallel.join`) all of theirs. Not for a pipeline or a chain.
+        stages: of a `Chain`: what learns when, a list of `diffbio.pipelines.Stage`.
         settings: see above. Of a pipeline, `learning_rate`, `validation` and `patience` are for ambient removal
             and the VAE, `max_epochs` is that of the VAE and a limit for the other stages. UMAP learns from pairs
             of neighbours, without a validation split.
@@ -80,12 +82,16 @@ def fit(
         msg = f"fit: unknown setting {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}."
         raise ConfigError(msg)
     source = source_for(model, data, keys)
+    if stages is not None and not hasattr(model, "terms"):
+        msg = f"fit: stages are of a Chain; {type(model).__name__} has its own way, or none."
+        raise ConfigError(msg)
     if hasattr(model, "fit_stages"):
         if devices is not None or jax.process_count() > 1:
             msg = f"fit: {type(model).__name__} is trained on one device; fit its operators one by one on several."
             raise ConfigError(msg)
+        planned = {} if stages is None else {"stages": stages}
         history: History = model.fit_stages(
-            source, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
+            source, **planned, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
             force=force, progress=progress, settings=settings,
         )
         model.mark_fitted()

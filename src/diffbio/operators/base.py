@@ -129,6 +129,7 @@ class Operator(nnx.Module):
     smooth_out: ClassVar[list[str]]
     init_cells: ClassVar[int | None] = None  # how many cells init_from wants to see at most; None: all
     cell_numbers: ClassVar[frozenset[str]] = frozenset()  # inputs that hold row numbers of cells
+    graph_of_cells: ClassVar[bool] = False  # what it gives for a cell hangs on which other cells are there
     sparse_keys: ClassVar[frozenset[str]] = frozenset()  # inputs that `objective` takes as `SparseRows` too
     held_in_fit: tuple[str, ...] = ()  # paths of parameters that diffbio.fit leaves where init_from has set them
     fit_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of diffbio.fit that suit the method

@@ -55,6 +55,7 @@ class DifferentiableCommunityDetection(Operator):
     """
 
     config: CommunityDetectionConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"neighbor_indices"})
 
     def __init__(self, config: CommunityDetectionConfig, *, rngs: nnx.Rngs) -> None:

@@ -82,6 +82,7 @@ class DifferentiableDiffusionImputer(Operator):
     """
 
     config: DiffusionImputerConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"neighbor_indices"})
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 40, "batch_size": 4096, "learning_rate": 0.1, "validation": 0.0,

@@ -97,6 +97,7 @@ class DifferentiableDoubletScorer(Operator):
     """
 
     config: DoubletScorerConfig
+    graph_of_cells = True
     cell_numbers = frozenset({"doublet_pairs"})
 
     def __init__(self, config: DoubletScorerConfig, *, rngs: nnx.Rngs) -> None:

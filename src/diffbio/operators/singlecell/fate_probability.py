@@ -61,6 +61,7 @@ class DifferentiableFateProbability(Operator):
     """
 
     config: FateProbabilityConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"transition_rows", "transition_columns"})
 
     def __init__(self, config: FateProbabilityConfig, *, rngs: nnx.Rngs) -> None:

@@ -114,6 +114,7 @@ class DifferentiablePseudotime(Operator):
     """
 
     config: PseudotimeConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"root_cell_index", "transition_rows", "transition_columns"})
     rough_in: ClassVar[dict[str, str]] = {"time": "only the objective reads it"}
     fit_defaults: ClassVar[Mapping[str, Any]] = {"max_epochs": 60, "learning_rate": 0.03, "validation": 0.0}

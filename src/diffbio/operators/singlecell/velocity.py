@@ -140,6 +140,7 @@ class DifferentiableVelocity(Operator):
     """
 
     config: VelocityConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset(
         {"neighbor_indices", "candidate_indices", "transition_rows", "transition_columns"}
     )

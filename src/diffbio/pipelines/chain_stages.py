@@ -1,0 +1,341 @@
+"""How a chain is trained: which parts learn, for how long, with which losses, as data."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from .. import storage
+from ..data.source import ArraySource, Source
+from ..errors import ConfigError
+from ..fitting import gathered, optimizer_of
+from ..history import History
+from ..math.linalg import pca
+from ..math.neighbors import knn
+from ..operators.all_cells import AllCells
+from ..operators.base import Operator, axes, is_float
+from ..train import Sampler, Schedule, Settings, batch_of, dense_on_device, train
+from .inference import in_memory, joined, map_chunks
+from .terms import Own
+
+if TYPE_CHECKING:
+    from .chain import Chain, Wire
+
+# A part is started from at most this many cells (a random choice), and parts on a graph of all cells see so many.
+REFERENCE_CELLS = 50_000
+JOINT = {"max_epochs": 20, "batch_size": 256, "learning_rate": 3e-4, "validation": 0.0}  # refines, does not undo
+MINIBATCHES = ("random", "neighborhoods", "all")
+N_NEIGHBORS, N_COMPONENTS = 15, 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of training.
+
+    parts: names of those that learn; () is all that are not frozen.
+    terms: names of the losses; None: for a single part its own objective, else all of the chain's.
+    max_epochs, batch_size, learning_rate, validation, patience: as of `diffbio.fit`; None is what the part prefers,
+        and for several parts `chain_stages.JOINT`.
+    minibatches: which cells come together. "random"; "neighborhoods", patches of neighbouring cells in what the first
+        part on a graph reads: there a part on a graph sees each cell's neighbours, and cuts the graph at the rim of the
+        patch; "all", one batch of all cells: exact, with memory for all of them. None: "all" up to batch_size cells;
+        beyond, "neighborhoods" if a part works on a graph of the cells, else "random".
+    name: in the history.
+    """
+
+    parts: tuple[str, ...] = ()
+    terms: tuple[str, ...] | None = None
+    max_epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    validation: float | None = None
+    patience: int | None = None
+    minibatches: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("parts", "terms"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        if self.minibatches is not None and self.minibatches not in MINIBATCHES:
+            msg = f"Stage: minibatches must be one of {', '.join(map(repr, MINIBATCHES))}, got {self.minibatches!r}."
+            raise ConfigError(msg)
+        if not self.name:
+            object.__setattr__(self, "name", "+".join(self.parts) or "joint")
+
+
+def default_stages(chain: "Chain") -> tuple[Stage, ...]:
+    """Every part by its own objective on what the ones before give, then all jointly."""
+    alone = tuple(Stage(parts=(name,)) for name in chain.names if chain.learns(name))
+    return (*alone, Stage()) if len(chain.terms) > 1 and len(chain.names) > 1 else alone
+
+
+def fit_chain(
+    chain: "Chain",
+    source: Source,
+    *,
+    settings: Mapping[str, Any],
+    stages: Sequence[Stage] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+) -> History:
+    """Trains the stages one after the other; at the end, parts that start from data see all the cells once more.
+
+    `settings` are the user's, for every stage that does not say otherwise itself.
+
+    Raises:
+        ConfigError: a stage names a part or term that is not there, or has nothing to train.
+    """
+    planned = default_stages(chain) if stages is None else tuple(stages)
+    check_stages(chain, planned)
+    reference = in_memory(source, REFERENCE_CELLS, seed=int(settings.get("seed", 0)))
+    run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
+    for number, stage in enumerate(planned):
+        run.stage(stage, f"{number + 1}-{stage.name}")
+    chain.learning = chain.active = None
+    run.start(chain.names, again=True)
+    chain.eval_mode()
+    return History(run.rows, settings=run.chosen)
+
+
+def check_stages(chain: "Chain", stages: Sequence[Stage]) -> None:
+    """Refuses what names nothing; see `fit_chain`."""
+    known = [term.name for term in chain.terms]
+    for stage in stages:
+        for name in stage.parts:
+            chain[name]  # says which there are
+            if name in chain.frozen:
+                msg = f"fit: stage {stage.name!r} is to train {name!r}, which is frozen."
+                raise ConfigError(msg)
+        for name in stage.terms or ():
+            if name not in known:
+                msg = f"fit: stage {stage.name!r} names the loss {name!r}; the chain has {', '.join(known) or 'none'}."
+                raise ConfigError(msg)
+
+
+@dataclasses.dataclass
+class _Run:
+    """One `fit` of a chain: what its stages share."""
+
+    chain: "Chain"
+    source: Source
+    reference: Source
+    settings: dict[str, Any]
+    optimizer: optax.GradientTransformation | None
+    schedules: Mapping[str, Schedule] | None
+    checkpoint: str | Path | None
+    resume: bool
+    force: bool
+    progress: bool
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    chosen: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    started: set[str] = dataclasses.field(default_factory=set)
+
+    def stage(self, stage: Stage, label: str) -> None:
+        """Starts what has not been started, and trains."""
+        chain = self.chain
+        learning = stage.parts or tuple(name for name in chain.names if name not in chain.frozen)
+        self.start(learning)
+        single = stage.parts[0] if len(stage.parts) == 1 and stage.terms is None else None
+        if single is not None:
+            if hasattr(chain[single], "objective"):
+                self.alone(chain[single], single, stage, label)
+            chain[single].mark_fitted()
+            return
+        chain.learning, chain.active = learning, stage.terms
+        terms = [term for term in chain.terms if stage.terms is None or term.name in stage.terms]
+        if not terms:
+            msg = f"fit: stage {stage.name!r} has no loss: the chain's parts have no objective, and no terms are given."
+            raise ConfigError(msg)
+        chosen = self.settings_of(stage, JOINT)
+        self.run(chain, self.source, chosen, label, self.together(stage, terms, chosen), held=True)
+        for name in learning:
+            chain[name].mark_fitted()
+        later = chain.names[min(chain.names.index(name) for name in learning) :]
+        self.start([name for name in later if not hasattr(chain[name], "objective")], again=True)
+
+    def start(self, names: Sequence[str], *, again: bool = False) -> None:
+        """`init_from` of these parts on what the ones before give; `again` those that nothing trains, on all cells."""
+        for name in self.chain.names:
+            part = self.chain[name]
+            due = not hasattr(part, "objective") if again else name not in self.started
+            if name in names and name not in self.chain.frozen and due and hasattr(part, "init_from"):
+                part.init_from(self.read_by(name, part.init_cells))
+                part.mark_fitted()
+            if name in names:
+                self.started.add(name)
+
+    def read_by(self, name: str, n_cells: int | None = None) -> dict[str, np.ndarray]:
+        """What a part reads, of all reference cells (or at most n_cells of them), after one pass through those before.
+
+        In chunks, unless one of those works on a graph of the cells: that sees all of them at once.
+        """
+        chain = self.chain
+        chain.eval_mode()
+        source = in_memory(self.reference, n_cells or REFERENCE_CELLS, seed=int(self.settings.get("seed", 0)))
+        number = chain.names.index(name)
+        wire, before = chain.wires[number], chain.wires[:number]
+        whole = {key for own, key in wire.reads if axes(chain[name].requires[own])[:1] != ["cells"]}
+        graph, state = nnx.split(chain)
+
+        def read(state: Any, batch: Any) -> dict[str, jax.Array]:
+            result = through(nnx.merge(graph, state), before, dense_on_device(batch))
+            return {own: result[key] for own, key in wire.reads if key in result and key not in whole}
+
+        constants = {own: np.asarray(v) for own, key in wire.reads for k, v in source.take(np.arange(1)).items()
+                     if key in whole and k == key}  # fmt: skip
+        if any(chain[earlier.name].graph_of_cells for earlier in before):
+            everything = batch_of(source, np.arange(source.n_cells))
+            return {**{key: np.asarray(value) for key, value in jax.jit(read)(state, everything).items()}, **constants}
+        return {**joined(map_chunks(read, state, source)), **constants}
+
+    def alone(self, part: Operator, name: str, stage: Stage, label: str) -> None:
+        """Trains a part by itself on what the ones before give: they run once, not at every step."""
+        wire = self.chain.wires[self.chain.names.index(name)]
+        first = not self.chain.names.index(name) and all(own == key for own, key in wire.reads)
+        source: Source = self.source
+        if not first:
+            data = self.read_by(name)
+            per_cell = {key for key in data if axes(part.requires[key])[:1] == ["cells"]}
+            source = ArraySource(
+                {key: data[key] for key in per_cell}, {key: data[key] for key in data if key not in per_cell}
+            )
+        sampler = part.sampler(gathered(source, None)) if hasattr(part, "sampler") else None
+        self.run(part, source, self.settings_of(stage, part.fit_defaults), label, sampler, held=False)
+
+    def settings_of(self, stage: Stage, preferred: Mapping[str, Any]) -> Settings:
+        """Of a stage: its own, else the user's, else what is preferred."""
+        fields = ("max_epochs", "batch_size", "learning_rate", "validation", "patience")
+        own = {name: getattr(stage, name) for name in fields if getattr(stage, name) is not None}
+        return Settings(**{**preferred, **self.settings, **own})
+
+    def run(
+        self, model: Operator, source: Source, chosen: Settings, label: str, sampler: Sampler | None, *, held: bool
+    ) -> None:
+        """The training loop, with what does not learn held where it is."""
+        folder = None if self.checkpoint is None else Path(self.checkpoint) / label
+        optimizer = self.optimizer or optimizer_of(model, chosen.learning_rate) or optax.adam(chosen.learning_rate)
+        if model.held_in_fit:
+            optimizer = all_but(model.held_in_fit, optimizer)
+        given = {f: s for f, s in (self.schedules or {}).items() if held}
+        own = {**getattr(model, "schedules", {}), **given}
+        history = train(
+            model, source, chosen, optimizer=optimizer, sampler=sampler, schedules=own, checkpoint=folder,
+            resume=self.resume and folder is not None and storage.exists(folder), force=self.force,
+            progress=self.progress, label=label,
+        )  # fmt: skip
+        self.chosen[label] = dataclasses.asdict(chosen)
+        self.rows += [{"stage": label, **row} for row in history.rows]
+
+    def together(self, stage: Stage, terms: Sequence[Any], chosen: Settings) -> Sampler | None:
+        """Who decides which cells come together; None is a shuffle."""
+        chain, n_cells = self.chain, self.source.n_cells
+        on_graph = [name for name in chain.names if chain[name].graph_of_cells]
+        paired = [
+            term.part for term in terms
+            if isinstance(term, Own) and hasattr(chain[term.part], "sampler") and term.part not in on_graph
+        ]  # fmt: skip
+        wanted = stage.minibatches
+        if paired and wanted is None:
+            return Cut(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
+        if wanted is None and on_graph:
+            wanted = "all" if n_cells <= chosen.batch_size else "neighborhoods"
+        if wanted == "all":
+            return AllCells(n_cells)
+        if wanted == "neighborhoods":
+            first = on_graph[0] if on_graph else chain.names[-1]
+            return Neighborhoods(_points(self.read_by(first), chain[first]))
+        return None
+
+
+def through(chain: "Chain", wires: Sequence["Wire"], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` and what these parts give."""
+    result = dict(data)
+    for wire in wires:
+        outputs = chain[wire.name].apply({own: result[key] for own, key in wire.reads if key in result})[0]
+        result |= {key: outputs[own] for own, key in wire.writes if own in outputs}
+    return result
+
+
+def _points(read: Mapping[str, np.ndarray], part: Operator) -> np.ndarray:
+    """Where cells are, to say who is near whom: the first matrix that the part reads, at most 50 components of it."""
+    key = next(k for k, hint in part.requires.items() if k in read and is_float(hint) and len(axes(hint)) == 2)
+    points = np.asarray(read[key], np.float32)
+    if points.shape[1] <= N_COMPONENTS:
+        return points
+    depth = points.sum(axis=1, keepdims=True)
+    counts = bool((points >= 0).all() and (depth > 0).all())
+    points = np.log1p(points / depth * np.median(depth)) if counts else points
+    n_components = min(N_COMPONENTS, len(points) - 1)
+    return np.asarray(pca(points, n_components)[0])
+
+
+class Neighborhoods:
+    """Minibatches that are patches of neighbouring cells, so that a graph within one has most cells' neighbours.
+
+    Each epoch divides the cells anew: from a random cell that is still free, its free neighbours, theirs, and so on
+    until the patch is full. Cells at the rim of a patch lose neighbours: the approximation of this sampler.
+    """
+
+    def __init__(self, points: np.ndarray) -> None:
+        self.n_cells = len(points)
+        self.indices = knn(points, min(N_NEIGHBORS, self.n_cells - 1))[0]
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers (steps, batch_size); the last cells that do not fill a patch wait for the next epoch."""
+        size = min(batch_size, self.n_cells)
+        free = np.ones(self.n_cells, bool)
+        turns = iter(rng.permutation(self.n_cells))
+        patches = []
+        for _ in range(self.n_cells // size):
+            patch: list[int] = []
+            ahead: list[int] = []
+            while len(patch) < size:
+                if not ahead:
+                    ahead = [next(cell for cell in turns if free[cell])]
+                    free[ahead] = False
+                cell = ahead.pop(0)
+                patch.append(cell)
+                near = self.indices[cell]
+                near = near[free[near]]
+                free[near] = False
+                ahead += near.tolist()
+            free[ahead] = True  # seen, but of no place in this patch
+            patches.append(patch)
+            if ahead:
+                turns = iter([*ahead, *turns])
+        return np.array(patches)
+
+
+class Cut:
+    """A sampler cut to about one pass over the cells."""
+
+    def __init__(self, sampler: Sampler, n_cells: int) -> None:
+        self.sampler, self.n_cells = sampler, n_cells
+
+    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """Row numbers (steps, batch_size)."""
+        size = max(4, min(batch_size, self.n_cells) // 2 * 2)
+        return self.sampler.order(rng, size)[: max(1, self.n_cells // size)]
+
+
+def all_but(held: Sequence[str], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer` for the parameters whose path does not start with one of `held`; those stay."""
+
+    def kind(path: Any, _leaf: Any) -> bool:
+        return (jax.tree_util.keystr(path, simple=True, separator="/") + "/").startswith(tuple(held))
+
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    return optax.multi_transform({False: optimizer, True: optax.set_to_zero()}, kinds)

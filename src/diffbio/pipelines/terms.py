@@ -1,0 +1,125 @@
+"""Losses of a chain: the parts' own objectives, functions of what the chain gives, and how they are balanced."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import ConfigError, MissingKeyError
+from ..operators.base import Data
+
+if TYPE_CHECKING:
+    from .chain import Chain
+
+BALANCES = ("sum", "uncertainty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """The own objective of a part, on what that part reads.
+
+    part: its name.
+    weight: factor.
+    name: in the metrics; the part's unless given.
+    """
+
+    part: str
+    weight: float = 1.0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss on what the chain gives: one of `diffbio.losses`, or a function of yours.
+
+    name: in the metrics.
+    function: of the values of `reads`, in that order, or of the whole dict of results where `reads` is None;
+        it gives a number.
+    reads: keys of the chain, or of the data.
+    weight: factor.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reads: tuple[str, ...] | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.reads is not None:
+            object.__setattr__(self, "reads", (self.reads,) if isinstance(self.reads, str) else tuple(self.reads))
+
+    def of(self, result: Data) -> jax.Array:
+        """Its value.
+
+        Raises:
+            MissingKeyError: a key is absent.
+        """
+        if self.reads is None:
+            return jnp.asarray(self.function(result))
+        missing = [key for key in self.reads if key not in result]
+        if missing:
+            msg = f"Chain: the loss {self.name!r} needs data[{missing[0]!r}]; there is {', '.join(sorted(result))}."
+            raise MissingKeyError(msg)
+        return jnp.asarray(self.function(*(result[key] for key in self.reads)))
+
+
+def checked_terms(
+    chain: "Chain", terms: Sequence[Own | Term] | None, *, open_inputs: bool, inputs: Sequence[str]
+) -> tuple[Own | Term, ...]:
+    """The terms; None is the own objective of every part that has one.
+
+    Raises:
+        ConfigError: two have one name, a part has no objective, or a key is given by nobody.
+    """
+    if terms is None:
+        return tuple(Own(name) for name in chain.names if hasattr(chain[name], "objective"))
+    names = [term.name for term in terms]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        msg = f"Chain: two terms are called {double[0]!r}; give one another name."
+        raise ConfigError(msg)
+    for term in terms:
+        if isinstance(term, Own):
+            if not hasattr(chain[term.part], "objective"):
+                able = [name for name in chain.names if hasattr(chain[name], "objective")]
+                msg = f"Chain: part {term.part!r} has no objective of its own; {', '.join(able) or 'none'} has."
+                raise ConfigError(msg)
+        elif not open_inputs:
+            known = {*inputs, *chain.provided()}
+            for key in term.reads or ():
+                if key not in known:
+                    msg = f"Chain: the loss {term.name!r} reads {key!r}, which neither the data nor a part gives; "
+                    msg += f"there are {', '.join(sorted(known))}."
+                    raise ConfigError(msg)
+    return tuple(terms)
+
+
+def balanced(
+    values: Mapping[str, jax.Array], weights: Mapping[str, Any], log_variances: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of weighted terms, and the terms by name.
+
+    With `log_variances` s it is the sum of (exp(-s) L + s) / 2, the likelihood of tasks whose noise is learned
+    (Kendall, Gal and Cipolla 2018): its minimum over s weighs a term by 1 / L, so that terms of any scale count
+    alike. Terms must be positive; exp(-s) is logged as `balance_<term>`.
+
+    Args:
+        values: by name.
+        weights: by the same names.
+        log_variances: of the terms, in the order of `values`' names in `weights`.
+    """
+    metrics: dict[str, jax.Array] = dict(values)
+    loss = jnp.zeros(())
+    for place, (name, weight) in enumerate(weights.items()):
+        weighted = weight * values[name]
+        if log_variances is not None:
+            scale = jnp.exp(-log_variances[place])
+            weighted = (scale * weighted + log_variances[place]) / 2
+            metrics[f"balance_{name}"] = scale
+        loss = loss + weighted
+    return loss, metrics

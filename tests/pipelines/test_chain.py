@@ -1,0 +1,206 @@
+"""Operators joined into one: what fits, what is refused, training in stages, and the operators' own contract."""
+
+import contract
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import sparse
+from toy import Toy, ToyConfig
+
+import diffbio
+from diffbio.errors import ConfigError, MissingKeyError, ModelFileError
+from diffbio.losses import ClusteringCompactnessLoss
+from diffbio.operators.base import to_numpy
+from diffbio.operators.normalization import VAENormalizer, VAENormalizerConfig
+from diffbio.operators.singlecell import (
+    BatchCorrectionConfig,
+    DifferentiableDiffusionImputer,
+    DifferentiableHarmony,
+    DiffusionImputerConfig,
+    SoftClusteringConfig,
+    SoftKMeansClustering,
+)  # fmt: skip
+from diffbio.pipelines import Chain, Own, Part, Stage, Term
+from diffbio.pipelines.chain_stages import Neighborhoods
+
+N_GENES, N_LATENT = 8, 3
+
+
+def vae() -> VAENormalizer:
+    config = VAENormalizerConfig(n_genes=N_GENES, latent_dim=N_LATENT, hidden_dims=(6,), n_batches=2)
+    return VAENormalizer(config, rngs=nnx.Rngs(0))
+
+
+def harmony() -> DifferentiableHarmony:
+    config = BatchCorrectionConfig(n_clusters=2, n_features=N_LATENT, n_batches=2, n_iterations=2)
+    return DifferentiableHarmony(config, rngs=nnx.Rngs(0))
+
+
+def kmeans() -> SoftKMeansClustering:
+    return SoftKMeansClustering(SoftClusteringConfig(n_clusters=3, n_features=N_LATENT), rngs=nnx.Rngs(0))
+
+
+def toy_and_groups(**how) -> Chain:
+    toy = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    return Chain([toy, Part(kmeans(), "groups", reads={"embeddings": "latent"})], **how)
+
+
+def three_parts(**how) -> Chain:
+    parts = [
+        vae(), Part(harmony(), reads={"embeddings": "latent_mean"}),
+        Part(kmeans(), "groups", reads={"embeddings": "corrected_embeddings"}),
+    ]  # fmt: skip
+    return Chain(parts, **how)
+
+
+def cells(n_cells: int = 40) -> dict:
+    rng = np.random.default_rng(0)
+    rates = np.exp(rng.normal(0, 1, (2, N_GENES)))[np.arange(n_cells) % 2]
+    return {"counts": 1.0 + rng.poisson(rates).astype(np.float32), "batch_labels": np.arange(n_cells) % 2}
+
+
+def test_it_gives_what_the_parts_give_one_after_the_other():
+    chain, data = three_parts(), cells()
+    assert set(chain.requires) == {"counts", "batch_labels", "library_size"}
+    assert chain.optional == {"library_size"}
+    found = chain.apply(data)[0]
+    first = chain["vae_normalizer"].apply(data)[0]
+    second = chain["harmony"].apply({"embeddings": first["latent_mean"], "batch_labels": data["batch_labels"]})[0]
+    third = chain["groups"].apply({"embeddings": second["corrected_embeddings"]})[0]
+    np.testing.assert_array_equal(found["cluster_assignments"], third["cluster_assignments"])
+    assert set(found) == set(data) | set(chain.provides)
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        contract.declared_outputs, contract.jit_equals_eager, contract.gradient_equals_finite_differences,
+        contract.every_parameter_receives_a_gradient, contract.an_input_gradient_is_useful,
+        contract.cells_may_come_in_any_order, contract.eval_mode_repeats_itself, contract.training_lowers_the_objective,
+        contract.unfitted_outputs_are_marked, contract.dtype_follows_the_input,
+    ],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_it_keeps_the_contract_of_an_operator(promise):
+    data = {k: jnp.asarray(v) for k, v in cells(12).items() if k == "counts"}
+    promise(toy_and_groups(balance="uncertainty"), data)
+
+
+def test_a_key_that_nobody_gives_is_refused_with_who_could():
+    with pytest.raises(ConfigError, match=r"'groups' needs 'embeddings'.*vae_normalizer's 'latent_mean'.*inputs="):
+        Chain([vae(), Part(kmeans(), "groups")])
+    with pytest.raises(ConfigError, match=r"Operators that give it: .*DifferentiableHarmony"):
+        Chain([vae(), Part(kmeans(), reads={"embeddings": "corrected_embeddings"})])
+    one = Part(kmeans(), "one", reads={"embeddings": "latent_mean"}, writes={"cluster_labels": "z"})
+    with pytest.raises(ConfigError, match=r"float \(cells, features\), but 'one' gives 'z' as int \(cells\)"):
+        Chain([vae(), one, Part(kmeans(), "two", reads={"embeddings": "z"})])
+    with pytest.raises(ConfigError, match="2 parts are called 'vae_normalizer'"):
+        Chain([vae(), vae()])
+    with pytest.raises(ConfigError, match="reads names 'nonsense'"):
+        Part(kmeans(), reads={"nonsense": "latent"})
+    with pytest.raises(MissingKeyError, match="counts"):
+        toy_and_groups().apply({"other": 1})
+
+
+def test_a_loss_at_any_point_trains_what_comes_before_it():
+    compact = Term("compact", ClusteringCompactnessLoss(), reads=("latent", "cluster_assignments"), weight=0.1)
+    by_user = Term("spread", lambda result: (result["latent"] ** 2).mean())
+    chain = toy_and_groups(terms=[Own("toy"), compact, by_user])
+    data = {"counts": jnp.asarray(cells()["counts"])}
+    loss, metrics = chain.objective(data)
+    assert set(metrics) == {"toy", "compact", "spread"}
+    np.testing.assert_allclose(loss, metrics["toy"] + 0.1 * metrics["compact"] + metrics["spread"], rtol=1e-6)
+    doubled = chain.objective(data, **{"weight.spread": 3.0})[0]
+    np.testing.assert_allclose(doubled - loss, 2 * metrics["spread"], rtol=1e-4)
+    graph, params, rest = nnx.split(chain, nnx.Param, ...)
+    for name in ("compact", "spread"):
+        gradient = jax.grad(lambda p, n=name: nnx.merge(graph, p, rest, copy=True).objective(data)[1][n])(params)
+        assert np.abs(gradient["parts"]["toy"]["weights"][...]).max() > 0, name
+    with pytest.raises(ConfigError, match="'day', which neither the data nor a part gives"):
+        toy_and_groups(terms=[Term("order", jnp.mean, reads="day")], inputs=("counts",))
+    with pytest.raises(MissingKeyError, match="'order' needs data\\['day'\\]"):
+        toy_and_groups(terms=[Term("order", jnp.mean, reads="day")]).objective(data)
+
+
+def test_learned_balance_weighs_a_term_by_the_inverse_of_its_size():
+    terms = [
+        Term("large", lambda r: 10.0 + 0 * r["latent"].sum()),
+        Term("small", lambda r: 0.1 + 0 * r["latent"].sum()),
+    ]
+    chain = toy_and_groups(terms=terms, balance="uncertainty")
+    data = {"counts": cells()["counts"]}
+    history = diffbio.fit(
+        chain, data, stages=[Stage(max_epochs=400, learning_rate=0.05, batch_size=40)], progress=False
+    )
+    np.testing.assert_allclose(history.rows[-1]["balance_large"], 1 / 10, rtol=0.05)
+    np.testing.assert_allclose(history.rows[-1]["balance_small"], 1 / 0.1, rtol=0.05)
+
+
+def test_what_is_frozen_or_not_in_the_stage_stays_and_the_rest_learns():
+    data = {"counts": cells()["counts"]}
+    chain = toy_and_groups()
+    diffbio.fit(chain, data, stages=[Stage(parts="toy", max_epochs=1), Stage(parts="groups")], progress=False)
+    before = {k: to_numpy(v) for k, v in chain.saved_state().items()}
+    diffbio.fit(chain, data, stages=[Stage(parts="toy", terms=("toy", "groups"), max_epochs=2)], progress=False)
+    after = {k: to_numpy(v) for k, v in chain.saved_state().items()}
+    moved = {k for k in before if before[k].dtype == np.float32 and not np.array_equal(before[k], after[k])}
+    assert "parts/toy/weights" in moved
+    assert not any(key.startswith("parts/groups") for key in moved)
+    frozen = Chain([Part(Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0)), frozen=True),
+                    Part(kmeans(), "groups", reads={"embeddings": "latent"})])  # fmt: skip
+    weights = np.array(frozen["toy"].weights[...])
+    seen = float(frozen["toy"].seen[...])
+    diffbio.fit(frozen, data, max_epochs=2, progress=False)
+    np.testing.assert_array_equal(weights, frozen["toy"].weights[...])
+    assert float(frozen["toy"].seen[...]) == seen, "statistics of a frozen part rest"
+    with pytest.raises(ConfigError, match="is frozen"):
+        diffbio.fit(frozen, data, stages=[Stage(parts="toy")], progress=False)
+
+
+def test_default_training_starts_every_part_on_what_the_ones_before_give():
+    data = cells(60)
+    chain = three_parts()
+    history = diffbio.fit(chain, {**data, "counts": sparse.csr_matrix(data["counts"])}, max_epochs=2, progress=False)
+    assert {row["stage"] for row in history.rows} == {"1-vae_normalizer", "3-groups", "4-joint"}
+    assert chain.fitted
+    assert chain.apply(data)[2] is None
+    latent = chain.apply(data)[0]["latent_mean"]
+    harmony = chain["harmony"].apply({"embeddings": latent, "batch_labels": data["batch_labels"]})[0]
+    np.testing.assert_allclose(chain.apply(data)[0]["corrected_embeddings"], harmony["corrected_embeddings"])
+
+
+def test_it_is_saved_with_its_wiring(tmp_path):
+    data = cells()
+    chain = three_parts(balance="uncertainty", terms=[Own("groups"), Term("spread", jnp.mean, reads="latent_mean")])
+    chain.save(tmp_path / "chain")
+    again = Chain.load(tmp_path / "chain")
+    for key in chain.provides:
+        np.testing.assert_array_equal(again.apply(data)[0][key], chain.apply(data)[0][key])
+    assert [term.name for term in again.terms] == ["groups"]
+    vae().save(tmp_path / "vae")
+    with pytest.raises(ModelFileError, match="not a Chain"):
+        Chain.load(tmp_path / "vae")
+
+
+def test_patches_hold_most_neighbours_and_every_cell_once():
+    points = np.random.default_rng(0).normal(size=(400, 2))
+    sampler = Neighborhoods(points)
+    patches = sampler.order(np.random.default_rng(1), 50)
+    assert patches.shape == (8, 50)
+    assert len(np.unique(patches)) == 400
+    inside = np.mean([np.isin(sampler.indices[patch], patch).mean() for patch in patches])
+    assert inside > 0.6  # of a random minibatch 0.125 would be
+
+
+def test_a_part_on_a_graph_learns_from_patches_of_neighbours():
+    data = {"counts": cells(80)["counts"]}
+    imputer = DifferentiableDiffusionImputer(
+        DiffusionImputerConfig(n_neighbors=3, n_pca_components=3), rngs=nnx.Rngs(0)
+    )
+    toy = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    chain = Chain([Part(imputer, "imputer", writes={"imputed_counts": "counts"}), toy], terms=[Own("toy")])
+    history = diffbio.fit(chain, data, stages=[Stage(max_epochs=3, batch_size=20, learning_rate=1e-2)], progress=False)
+    assert history.rows[0]["good_steps"] == 4
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"]

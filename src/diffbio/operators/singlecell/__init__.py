@@ -35,6 +35,8 @@ from .fate_probability import DifferentiableFateProbability as DifferentiableFat
 from .fate_probability import FateProbabilityConfig as FateProbabilityConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
+from .ligand_receptor import DifferentiableLigandReceptor as DifferentiableLigandReceptor
+from .ligand_receptor import LRScoringConfig as LRScoringConfig
 from .mmd_batch_correction import DifferentiableMMDBatchCorrection as DifferentiableMMDBatchCorrection
 from .mmd_batch_correction import MMDBatchCorrectionConfig as MMDBatchCorrectionConfig
 from .ot_trajectory import DifferentiableOTTrajectory as DifferentiableOTTrajectory

@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from .fitting import fit as fit
     from .history import History as History
     from .operators.base import Operator as Operator
+    from .pipelines.chain import Chain as Chain
+    from .pipelines.gradient_report import gradients as gradients
 
 __version__ = "0.1.0"
 
 _MODULES = frozenset({"losses", "models", "operators", "pipelines", "pl", "pp", "tl"})
 _PLACES = {"fit": "fitting", "read": "data.read", "History": "history", "Operator": "operators.base"}
+_PLACES |= {"Chain": "pipelines.chain", "gradients": "pipelines.gradient_report"}
 
-__all__ = ["History", "Operator", "fit", "losses", "models", "operators", "pipelines", "pl", "pp", "read", "tl"]
+__all__ = [
+    "Chain", "History", "Operator", "fit", "gradients", "losses", "models", "operators", "pipelines", "pl", "pp",
+    "read", "tl",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

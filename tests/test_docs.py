@@ -138,7 +138,16 @@ def trajectories_page():
     return {"adata": adata}
 
 
+def chain_page():
+    """Counts of two batches, and days."""
+    rng = np.random.default_rng(0)
+    day = rng.integers(0, 3, 120)
+    counts = rng.poisson(0.2 + 0.3 * day[:, None] * (np.arange(2000) % 3 == 0)).astype(np.float32)
+    return {"counts": counts, "batch_labels": np.arange(120) % 2, "day": day}
+
+
 PRELUDES = {
+    "trained_as_one.md": chain_page,
     "trajectories.md": trajectories_page,
     "batches_maps_groups.md": batches_page,
     "quality_control.md": quality_page,

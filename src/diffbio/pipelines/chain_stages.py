@@ -91,6 +91,8 @@ def fit_chain(
 ) -> History:
     """Trains the stages one after the other; at the end, parts that start from data see all the cells once more.
 
+    With `stages`, parts that have been trained go on from where they are; without, all start anew.
+
     `settings` are the user's, for every stage that does not say otherwise itself.
 
     Raises:
@@ -100,6 +102,8 @@ def fit_chain(
     check_stages(chain, planned)
     reference = in_memory(source, REFERENCE_CELLS, seed=int(settings.get("seed", 0)))
     run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
+    if stages is not None:  # a schedule goes on from what is there
+        run.started |= {name for name in chain.names if chain[name].fitted}
     for number, stage in enumerate(planned):
         run.stage(stage, f"{number + 1}-{stage.name}")
     chain.learning = chain.active = None

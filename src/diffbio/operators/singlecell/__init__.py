@@ -25,6 +25,8 @@ from .archetypes import ArchetypalAnalysisConfig as ArchetypalAnalysisConfig
 from .archetypes import DifferentiableArchetypalAnalysis as DifferentiableArchetypalAnalysis
 from .cell_annotation import CellAnnotatorConfig as CellAnnotatorConfig
 from .cell_annotation import DifferentiableCellAnnotator as DifferentiableCellAnnotator
+from .cell_communication import CellCommunicationConfig as CellCommunicationConfig
+from .cell_communication import DifferentiableCellCommunication as DifferentiableCellCommunication
 from .community_detection import CommunityDetectionConfig as CommunityDetectionConfig
 from .community_detection import DifferentiableCommunityDetection as DifferentiableCommunityDetection
 from .diffusion_imputation import DifferentiableDiffusionImputer as DifferentiableDiffusionImputer
@@ -33,6 +35,8 @@ from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoub
 from .doublet_detection import DoubletScorerConfig as DoubletScorerConfig
 from .fate_probability import DifferentiableFateProbability as DifferentiableFateProbability
 from .fate_probability import FateProbabilityConfig as FateProbabilityConfig
+from .grn_inference import DifferentiableGRN as DifferentiableGRN
+from .grn_inference import GRNInferenceConfig as GRNInferenceConfig
 from .harmony import BatchCorrectionConfig as BatchCorrectionConfig
 from .harmony import DifferentiableHarmony as DifferentiableHarmony
 from .ligand_receptor import DifferentiableLigandReceptor as DifferentiableLigandReceptor
@@ -41,6 +45,8 @@ from .mmd_batch_correction import DifferentiableMMDBatchCorrection as Differenti
 from .mmd_batch_correction import MMDBatchCorrectionConfig as MMDBatchCorrectionConfig
 from .ot_trajectory import DifferentiableOTTrajectory as DifferentiableOTTrajectory
 from .ot_trajectory import OTTrajectoryConfig as OTTrajectoryConfig
+from .paste_alignment import DifferentiablePASTEAlignment as DifferentiablePASTEAlignment
+from .paste_alignment import PASTEAlignmentConfig as PASTEAlignmentConfig
 from .pseudotime import DifferentiablePseudotime as DifferentiablePseudotime
 from .pseudotime import PseudotimeConfig as PseudotimeConfig
 from .quality_filter import DifferentiableQualityFilter as DifferentiableQualityFilter
@@ -53,6 +59,10 @@ from .soft_hvg import SoftHVGConfig as SoftHVGConfig
 from .soft_hvg import SoftHVGSelector as SoftHVGSelector
 from .solo_detection import DifferentiableSoloDetector as DifferentiableSoloDetector
 from .solo_detection import SoloDetectorConfig as SoloDetectorConfig
+from .spatial_domains import DifferentiableSpatialDomain as DifferentiableSpatialDomain
+from .spatial_domains import SpatialDomainConfig as SpatialDomainConfig
+from .switch_de import DifferentiableSwitchDE as DifferentiableSwitchDE
+from .switch_de import SwitchDEConfig as SwitchDEConfig
 from .transformer_denoiser import DifferentiableTransformerDenoiser as DifferentiableTransformerDenoiser
 from .transformer_denoiser import TransformerDenoiserConfig as TransformerDenoiserConfig
 from .velocity import DifferentiableVelocity as DifferentiableVelocity

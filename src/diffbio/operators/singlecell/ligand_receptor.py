@@ -128,7 +128,9 @@ class DifferentiableLigandReceptor(Operator):
             raise DataError(msg)
         soft = config.temperature
         genes = gene_statistics(counts, cluster_assignments, temperature=soft)
-        ligand, receptor = (side_of(genes, lr_pairs[:, k], expr_prop=config.expr_prop, temperature=soft) for k in (0, 1))
+        ligand, receptor = (
+            side_of(genes, lr_pairs[:, k], expr_prop=config.expr_prop, temperature=soft) for k in (0, 1)
+        )
         base = "mean" if config.metric == "consensus" else config.metric
         score = score_of(base, kh=config.kh, hill_n=config.hill_n)
         analytic = analytic_pvalues(counts, cluster_assignments, ligand, receptor, score)

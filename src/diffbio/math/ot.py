@@ -228,19 +228,32 @@ def _residual(
 def _inverse(
     cost: Array, f: Array, g: Array, u: Array, v: Array, regularisation: tuple[float, float, float]
 ) -> tuple[Array, Array]:
-    """Solves [[D1, P], [P^T, D2]] (x, y) = (u, v): epsilon times the Jacobian of the marginal conditions.
-
-    With both marginals held exactly the system is singular: f + c and g - c are one plan. Then the solution without
-    such a part is taken; the right sides have none but rounding.
-    """
+    """Epsilon times the inverse Jacobian of the marginal conditions."""
     epsilon, lambda1, lambda2 = regularisation
-    plan = _plan(cost, f, g, epsilon)
+    return solve_marginals(_plan(cost, f, g, epsilon), u, v, slack=(epsilon / lambda1, epsilon / lambda2))
+
+
+def solve_marginals(
+    plan: Float[Array, "cells later_cells"],
+    u: Float[Array, " cells"],
+    v: Float[Array, " later_cells"],
+    *,
+    slack: tuple[float, float] = (0.0, 0.0),
+) -> tuple[Float[Array, " cells"], Float[Array, " later_cells"]]:
+    """Solves [[D1, P], [P^T, D2]] (x, y) = (u, v), D the row and column sums of P times 1 + slack.
+
+    With both marginals held exactly (no slack) the system is singular: x + c and y - c are one solution. Then the one
+    without such a part is taken; the right sides have none but rounding.
+    """
     tiny = jnp.finfo(plan.dtype).tiny
+    size = jnp.maximum(jnp.abs(u).max(), jnp.abs(v).max())
+    size = jnp.where(size > 0, size, 1.0)
+    u, v = u / size, v / size  # squares of very small right sides would be 0
     rows, columns = jnp.maximum(plan.sum(axis=1), tiny), jnp.maximum(plan.sum(axis=0), tiny)
     # scaled to a unit diagonal, which leaves the smallest mass as good a pivot as the largest
-    left, right = 1 / jnp.sqrt(rows * (1 + epsilon / lambda1)), 1 / jnp.sqrt(columns * (1 + epsilon / lambda2))
+    left, right = 1 / jnp.sqrt(rows * (1 + slack[0])), 1 / jnp.sqrt(columns * (1 + slack[1]))
 
-    singular = math.isinf(lambda1) and math.isinf(lambda2)
+    singular = slack == (0.0, 0.0)
     shift = jnp.sqrt(rows / (2 * rows.sum())), -jnp.sqrt(columns / (2 * columns.sum()))  # of unit length
 
     def along(z: tuple[Array, Array], amount: float) -> tuple[Array, Array]:
@@ -259,4 +272,4 @@ def _inverse(
     (x, y), _ = jax.scipy.sparse.linalg.cg(
         product, along(wanted, -1.0) if singular else wanted, tol=PRECISION[str(plan.dtype)], maxiter=500
     )
-    return left * x, right * y
+    return size * left * x, size * right * y

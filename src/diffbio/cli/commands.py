@@ -11,6 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import ConfigError, InputFileError, ModelFileError, OutputError
+from .gradients import gradients
 from .options import (
     AllowNonInteger,
     Cells,
@@ -282,6 +283,7 @@ def annotate(
 
 
 app.command()(trajectory)
+app.command()(gradients)
 
 
 @app.command()

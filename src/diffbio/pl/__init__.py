@@ -34,6 +34,7 @@ from .droplets import call_cells as call_cells
 from .fate import driver_genes as driver_genes
 from .fate import fate as fate
 from .gene_trends import gene_trends as gene_trends
+from .gradients import gradients as gradients
 from .impute import impute as impute
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .phate import phate as phate

@@ -46,9 +46,13 @@ def _bars(ax: "Axes", found: "pd.DataFrame", column: str, title: str) -> None:
     drawn = np.isfinite(values) & (values > 0)
     places = np.arange(len(values))
     colors = np.where(found["verdict"] == "ok", FINE, BAD)
-    lowest = min(1.0, values[drawn].min() / 3) if drawn.any() else 0.1
+    lowest, highest = (
+        (10.0 ** np.floor(np.log10(values[drawn].min() / 1.5)), values[drawn].max()) if drawn.any() else (0.1, 1)
+    )
     ax.barh(places[drawn], values[drawn] - lowest, left=lowest, color=colors[drawn], height=0.6)
     ax.set_xscale("log")
+    ax.set_xlim(lowest, max(2 * highest, 10 * lowest))
+    ax.xaxis.set_minor_formatter("")
     ax.axvline(1.0, color=GREY, linewidth=0.8, zorder=0)
     for place in places[~drawn]:
         ax.text(0.02, place, f"{values[place]:g}", transform=ax.get_yaxis_transform(), va="center", fontsize=8)

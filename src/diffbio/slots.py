@@ -49,6 +49,7 @@ SPATIAL_EMBEDDING, SPATIAL_ATTENTION = "X_diffbio_spatial", "diffbio_spatial_att
 SPATIAL_ALIGNED, ALIGNMENT = "diffbio_spatial_aligned", "diffbio_alignment"
 GRN, TF_ACTIVITY = "diffbio_grn", "diffbio_tf_activity"
 LIGAND_RECEPTOR, COMMUNICATION = "diffbio_lr", "diffbio_communication"
+SIGNALING, NICHE = "diffbio_signaling_activity", "X_diffbio_niche"
 SWITCH_DE, DIFFERENTIAL_DISTRIBUTION = "diffbio_switch_de", "diffbio_differential_distribution"
 PSEUDOTIME, DIFFMAP, BRANCH = "diffbio_pseudotime", "X_diffbio_diffmap", "diffbio_branch"
 N_COMPONENTS = 50  # of the PCA that stands in where no representation is named

@@ -2,11 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 VALUES_AT_ONCE = 1 << 25  # of edges x pairs; more are taken in blocks of pairs
-SHRINKAGE = 0.01  # of correlations, so that pairs with the same signal have a tolerance
 
 
 def complex_levels(
@@ -50,20 +48,3 @@ def received(
     # without the checkpoint a gradient would keep what every edge carries
     summed = jax.lax.map(jax.checkpoint(of), parts)
     return jnp.moveaxis(summed, 0, 1).reshape(n_cells, -1)[:, :n_pairs]
-
-
-def tolerances(
-    signals: Float[np.ndarray, "cells pairs"], *others: Float[np.ndarray, "cells columns"]
-) -> Float[np.ndarray, " pairs"]:
-    """1 - R² of every signal on all other signals and on `others`, of correlations shrunk by a hundredth.
-
-    A response to a signal that others nearly determine is known with an error that grows as 1 / sqrt of this.
-    """
-    columns = np.concatenate([signals, *others], axis=1, dtype=np.float64)
-    columns -= columns.mean(axis=0)
-    deviation = columns.std(axis=0)
-    columns /= np.where(deviation > 0, deviation, 1.0)
-    correlation = columns.T @ columns / len(columns)
-    correlation[np.diag_indices_from(correlation)] = 1.0
-    shrunk = (1 - SHRINKAGE) * correlation + SHRINKAGE * np.eye(len(correlation))
-    return 1.0 / np.diagonal(np.linalg.inv(shrunk))[: signals.shape[1]]

@@ -253,7 +253,13 @@ def analytic_pvalues(
 
 
 def consensus(
-    ligand: Side, receptor: Side, pvalues: Float[Array, "pairs groups groups"], *, temperature: float, mean_value: Array
+    ligand: Side,
+    receptor: Side,
+    pvalues: Float[Array, "pairs groups groups"],
+    *,
+    temperature: float,
+    mean_value: Array,
+    product_twice: bool = False,
 ) -> Ranks:
     """LIANA's consensus: robust rank aggregation of what several methods say (Dimitrov et al. 2022).
 
@@ -267,6 +273,7 @@ def consensus(
         pvalues: of the means.
         temperature: width of a soft rank, in standard deviations of the score; 0 is the mean rank of equal scores.
         mean_value: of all values, of SingleCellSignalR.
+        product_twice: ranks the product by its ranks once more, as LIANA 1.10 does, which turns that list around.
     """
     gate = between(jnp.multiply, ligand.gate, receptor.gate)
     mean, product = score_of("mean", kh=1.0, hill_n=1.0), score_of("product", kh=1.0, hill_n=1.0)
@@ -290,6 +297,8 @@ def consensus(
 
     def aggregate(scores: tuple[Array, ...]) -> Array:
         ranks = [weighted_ranks(s.ravel(), gate.ravel(), temperature) for s in scores]
+        if product_twice and scores is magnitude:
+            ranks[1] = weighted_ranks(ranks[1], gate.ravel(), temperature)
         return robust_rank_aggregate(jnp.stack(ranks, axis=1), gate.ravel()).reshape(gate.shape)
 
     return Ranks(*(1.0 - gate * (1.0 - aggregate(scores)) for scores in (magnitude, specificity)))

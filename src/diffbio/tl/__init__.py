@@ -3,11 +3,13 @@
 from .annotate import annotate as annotate
 from .archetypes import archetypes as archetypes
 from .cluster import cluster as cluster
+from .communication import communication as communication
 from .embed import embed as embed
 from .fate import driver_genes as driver_genes
 from .fate import fate as fate
 from .gene_trends import gene_trends as gene_trends
 from .integrate import integrate as integrate
+from .ligand_receptor import ligand_receptor as ligand_receptor
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .pipeline import pipeline as pipeline
 from .project import project as project

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ...errors import ConfigError, DataError
-from ...math.communication import complex_levels, received, tolerances
+from ...math.communication import complex_levels, received
 from ...nn.graph_attention import GraphAttention
 from ..all_cells import AllCells
 from ..base import Config, Data, Operator, fraction, nonnegative, positive
@@ -47,7 +47,7 @@ class CellCommunicationConfig(Config):
     n_pathways: int = positive(10)
     dropout_rate: float = fraction(0.1)
     sparsity: float = nonnegative(2.0)
-    ridge: float = nonnegative(0.02)
+    ridge: float = nonnegative(0.1)
     temperature: float = nonnegative(0.0)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Communication(TypedDict):
     """What `DifferentiableCellCommunication` adds."""
 
     communication_scores: Float[Array, "edges lr_pairs"]  # strength x attention x ligand of sender x receptor
-    pair_strengths: Float[Array, " lr_pairs"]  # how much of the receivers' expression a pair explains
+    pair_strengths: Float[Array, " lr_pairs"]  # variance that a pair explains: 1 is that of a gene
     pair_responses: Float[Array, "lr_pairs genes"]  # change of a gene, in its deviations, per deviation of the signal
     edge_attention: Float[Array, "edges heads"]  # of the receiver to its senders; sums to 1
     signaling_activity: Float[Array, "cells pathways"]  # received signals, summed over the pairs of a pathway
@@ -94,8 +94,8 @@ class DifferentiableCellCommunication(Operator):
     layer of a GATv2 network on the edges, h_i its embedding of the neighbours, and own a linear map of rank hidden_dim
     that predicts no gene from itself. The first two terms hold what a cell shares with its type and its surroundings
     with or without a receptor, so that W_p is what the ligand does where the receptor is: an interaction. W_p does not
-    predict the pair's own receptor, which is part of the signal. `pair_strengths` are the norms of W_p, each by the
-    error that it is known with; `communication_scores` sum over the edges of a receiver to strength x s_ip. NCEM
+    predict the pair's own receptor, which is part of the signal. `pair_strengths` are the squared norms of W_p;
+    `communication_scores` sum over the edges of a receiver to strength x s_ip. NCEM
     (Fischer et al. 2022) and MISTy (Tanevski et al. 2022) are of this kind; here pairs gated by receptors are the unit.
 
     `diffbio.fit(op, data)` minimises the squared error over all cells at once, with the sum of |W| (lasso, smooth near
@@ -130,7 +130,6 @@ class DifferentiableCellCommunication(Operator):
         self.programs = nnx.Param(wide(rngs.params(), (config.n_pathways, genes)))
         self.center, self.scale = nnx.BatchStat(jnp.zeros(genes)), nnx.BatchStat(jnp.ones(genes))
         self.signal_scale = nnx.BatchStat(jnp.ones(pairs))
-        self.tolerance = nnx.BatchStat(jnp.ones(pairs))
         self.fitted = False
 
     def __call__(
@@ -151,7 +150,7 @@ class DifferentiableCellCommunication(Operator):
         """
         found = self.signals(counts, lr_pairs, spatial_graph)
         senders, receivers = spatial_graph
-        strengths = self.strengths()
+        strengths = self.strengths(lr_pairs).astype(counts.dtype)
         weights = jax.nn.softplus(self.memberships[...]).astype(counts.dtype)
         edge = found.attention.mean(axis=1)
         scale = strengths / self._stat(self.signal_scale, counts)
@@ -189,7 +188,7 @@ class DifferentiableCellCommunication(Operator):
         left = ((responses - weights @ self._programs()) ** 2).sum()
         total = loss + (sparse + ridge + 0.01 * left) / genes
         explained = 1.0 - error.mean() / (found.values**2).mean()
-        return total, {"explained": explained, "strength": self.strengths().mean()}
+        return total, {"explained": explained, "strength": (responses**2).sum(axis=1).mean()}
 
     def signals(
         self,
@@ -218,13 +217,38 @@ class DifferentiableCellCommunication(Operator):
         predicted = own + self.decoder(self.dropout(niche)) + caused
         return Signals(z, ligand, receptor, first, niche, signal, predicted)
 
-    def strengths(self) -> Float[Array, " lr_pairs"]:
-        """Norm over genes of the response to a deviation of the signal that nothing else explains."""
-        power = (self.responses[...] ** 2).sum(axis=1) * self.tolerance[...]
-        return jnp.sqrt(power + SMALL**2)
+    def summary(
+        self,
+        counts: Float[Array, "cells genes"],
+        lr_pairs: Int[Array, "lr_pairs 2 subunits"],
+        spatial_graph: Int[Array, "2 edges"],
+    ) -> dict[str, Array]:
+        """As a call, but the scores in factors: nothing of edges x pairs.
+
+        A score is the mean over heads of edge_attention x ligand of the sender x receptor of the receiver, which holds
+        the strength. Further `programs` (pathways, genes), unit rows.
+        """
+        found = self.signals(counts, lr_pairs, spatial_graph)
+        strengths = self.strengths(lr_pairs).astype(counts.dtype)
+        weights = jax.nn.softplus(self.memberships[...]).astype(counts.dtype)
+        return {
+            "ligand": found.ligand,
+            "receptor": found.receptor * (strengths / self._stat(self.signal_scale, counts)),
+            "pair_strengths": strengths,
+            "pair_responses": self._responses(lr_pairs, counts),
+            "edge_attention": found.attention,
+            "signaling_activity": found.signal @ weights,
+            "pathway_weights": weights,
+            "niche_embeddings": found.niche,
+            "programs": self._programs(),
+        }
+
+    def strengths(self, pairs: Int[Array, "lr_pairs 2 subunits"]) -> Float[Array, " lr_pairs"]:
+        """Sum over genes of the squared response to a deviation of the signal: the variance that it explains."""
+        return (self._responses(pairs, self.responses[...]) ** 2).sum(axis=1)
 
     def init_from(self, data: Data) -> None:
-        """Reads means and deviations of genes, and of signals at equal attention, and how far these tell apart.
+        """Reads means and deviations of genes, and of signals at equal attention.
 
         Raises:
             DataError: as a call.
@@ -243,8 +267,6 @@ class DifferentiableCellCommunication(Operator):
         signal = receptor * around
         spread = signal.std(axis=0)
         self.signal_scale[...] = jnp.where(spread > 0, spread, 1.0)
-        found = tolerances(*(np.asarray(x) for x in (signal, receptor, around)))
-        self.tolerance[...] = jnp.asarray(found, self.tolerance[...].dtype)
 
     def sampler(self, data: Data) -> AllCells:
         """Every minibatch is all cells: they are each other's neighbours."""

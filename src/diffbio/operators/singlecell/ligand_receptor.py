@@ -41,6 +41,8 @@ class LRScoringConfig(Config):
     expr_prop: a gene is expressed in a group where at least this share of the cells has it; 0 takes all.
     n_permutations: of the cells' groups, for lr_pvalues; 0 puts the analytic ones there too.
     min_cells: a group of fewer is refused (of soft groups, memberships that sum to less).
+    product_twice: the consensus ranks NATMI's product a second time by its own ranks, as LIANA 1.10 does, which turns
+        that list around; False ranks it once.
     """
 
     temperature: float = nonnegative(0.0)
@@ -52,6 +54,7 @@ class LRScoringConfig(Config):
     )
     n_permutations: int = nonnegative(1000)
     min_cells: int = positive(5)
+    product_twice: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,9 +82,10 @@ class DifferentiableLigandReceptor(Operator):
 
     Groups may be soft: a mean weighs the cells by their memberships. A complex is its lowest subunit. At temperature 0
     and hard groups `lr_scores` of "mean" are CellPhoneDB's means, `lr_pvalues` its p-values as LIANA 1.10 computes
-    them (cells exchange their groups, a complex stays the subunit that is lowest in the groups), and the two ranks
-    LIANA's consensus by robust rank aggregation, but that NATMI's product is ranked once: LIANA 1.10 ranks it for
-    Connectome and then again for NATMI, which turns it around (its own ranks then are not monotonic in any score).
+    them (cells exchange their groups, a complex stays the subunit that is lowest in the groups), and
+    `lr_specificity_rank` is LIANA's consensus by robust rank aggregation. Its magnitude rank is ours with
+    product_twice=True: Connectome and NATMI share the product, LIANA 1.10 replaces it by its ranks for the one, ranks
+    these for the other, and so counts the lowest products as the highest. By default the product is ranked once.
 
     Nothing is trained. Gradients with respect to counts and groups equal finite differences; the hard choices of
     temperature 0 have none of their own. `lr_analytic_pvalues` have one in place of `lr_pvalues`, which count.
@@ -138,7 +142,9 @@ class DifferentiableLigandReceptor(Operator):
         pvalues, of_means = self._pvalues(
             counts, cluster_assignments, permutations, ligand, receptor, (score, means), analytic
         )
-        ranks = consensus(ligand, receptor, of_means, temperature=soft, mean_value=counts.mean())
+        ranks = consensus(
+            ligand, receptor, of_means, temperature=soft, mean_value=counts.mean(), product_twice=config.product_twice
+        )
         expressed = between(jnp.multiply, ligand.gate, receptor.gate)
         if config.metric == "consensus":
             scores = -jnp.log10(jnp.maximum(ranks.magnitude, jnp.finfo(counts.dtype).tiny))

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .conjugate import conjugate_gradients
 from .ot import PRECISION, ott, solve_marginals
 
 START = 1.0  # epsilon of the first round
@@ -46,6 +47,13 @@ class FusedProblem(NamedTuple):
     right: Float[Array, "other_spots other_spots"]
 
 
+class Masses(NamedTuple):
+    """Of the spots of both sides; each sums to 1."""
+
+    a: Float[Array, " spots"]
+    b: Float[Array, " other_spots"]
+
+
 class FusedPlan(NamedTuple):
     """A plan and how well it stands."""
 
@@ -67,15 +75,30 @@ def fused_problem(
     left: Float[Array, "spots spots"],
     right: Float[Array, "other_spots other_spots"],
     alpha: float,
+    masses: Masses | None = None,
 ) -> tuple[FusedProblem, Float[Array, ""]]:
-    """The problem with costs divided by S, and S, the objective where everything is coupled alike."""
-    n, m = dissimilarity.shape
-    alike = jnp.full((n, m), 1.0 / (n * m), dissimilarity.dtype)
+    """The problem with costs divided by S, and S, the objective where everything is coupled alike.
+
+    Args:
+        dissimilarity: of the spots of both sides.
+        left: distances within the first side.
+        right: within the second.
+        alpha: weight of the distances, 0 to 1.
+        masses: of the spots; None is equal ones.
+    """
+    masses = masses or equal_masses(dissimilarity)
+    alike = masses.a[:, None] * masses.b
     raw = FusedProblem((1 - alpha) * dissimilarity, math.sqrt(alpha) * left, math.sqrt(alpha) * right)
     scale = fused_objective(raw, alike)
     scale = jnp.where(scale > 0, scale, 1.0)  # all spots alike and in one place
     root = jnp.sqrt(scale)
     return FusedProblem(raw.linear / scale, raw.left / root, raw.right / root), scale
+
+
+def equal_masses(costs: Float[Array, "spots other_spots"]) -> Masses:
+    """1/n for each spot of the first side, 1/m for each of the second."""
+    n, m = costs.shape
+    return Masses(jnp.full(n, 1 / n, costs.dtype), jnp.full(m, 1 / m, costs.dtype))
 
 
 def fused_objective(problem: FusedProblem, plan: Float[Array, "spots other_spots"]) -> Float[Array, ""]:
@@ -93,27 +116,27 @@ def linearised(problem: FusedProblem, plan: Float[Array, "spots other_spots"]) -
 
 
 @partial(jax.jit, static_argnums=1)
-def fused_plan(problem: FusedProblem, settings: FusedSettings) -> FusedPlan:
-    """The plan between equal masses, a local minimum of the objective with entropy; differentiable in the problem.
+def fused_plan(problem: FusedProblem, settings: FusedSettings, masses: Masses | None = None) -> FusedPlan:
+    """A local minimum of the objective with entropy; differentiable in the problem, not in the masses (None: equal).
 
     The gradient is that of the conditions of the minimum (implicit function theorem), by conjugate gradients on the
     Hessian between plans of the same marginals. It is exact where the minimum is strict and the rounds have converged
     (`moved`); which of several minima is found, is a choice outside of it. As epsilon goes to 0 the plan becomes a
     vertex, whose gradient is 0 almost everywhere.
     """
-    return _fused_plan(problem, settings)
+    return _fused_plan(problem, settings, masses or equal_masses(problem.linear))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _fused_plan(problem: FusedProblem, settings: FusedSettings) -> FusedPlan:
-    return _forward(problem, settings)[0]
+def _fused_plan(problem: FusedProblem, settings: FusedSettings, masses: Masses) -> FusedPlan:
+    return _forward(problem, settings, masses)[0]
 
 
-def _solved(problem: FusedProblem, settings: FusedSettings) -> FusedPlan:
+def _solved(problem: FusedProblem, settings: FusedSettings, masses: Masses) -> FusedPlan:
     """The plan with the row and column of what is not coupled, in the partial problem."""
     (n, m), kind = problem.linear.shape, problem.linear.dtype
     partly = settings.overlap is not None
-    log_a, log_b = (_log_masses(size, settings.overlap).astype(kind) for size in (n, m))
+    log_a, log_b = (_log_masses(mass, settings.overlap).astype(kind) for mass in masses)
     falling = (settings.epsilon / START) ** (1 / max(settings.rounds - 1, 1))
 
     def round_(state: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -138,7 +161,7 @@ def _solved(problem: FusedProblem, settings: FusedSettings) -> FusedPlan:
     plan = jnp.exp(log_a[:, None] + log_b)
     none, one = jnp.zeros((), int), jnp.ones((), kind)
     potentials = jnp.zeros_like(log_a), jnp.zeros_like(log_b)
-    state = (none, plan, jnp.zeros_like(plan), *potentials, one, one, one, one, none)
+    state: tuple[Array, ...] = (none, plan, jnp.zeros_like(plan), *potentials, one, one, one, one, none)
     _, plan, _, _, _, _, error, moved, _, _ = jax.lax.while_loop(unsettled, round_, state)
     return FusedPlan(_rounded(plan, jnp.exp(log_a), jnp.exp(log_b)), error, moved)
 
@@ -152,13 +175,17 @@ def _rounded(plan: Array, a: Array, b: Array) -> Array:
     return plan + off_a[:, None] * off_b / jnp.where(total > 0, total, 1.0)
 
 
-def _forward(problem: FusedProblem, settings: FusedSettings) -> tuple[FusedPlan, tuple[FusedProblem, Array]]:
-    padded = _solved(problem, settings)
+def _forward(
+    problem: FusedProblem, settings: FusedSettings, masses: Masses
+) -> tuple[FusedPlan, tuple[FusedProblem, Array]]:
+    padded = _solved(problem, settings, masses)
     n, m = problem.linear.shape
     return FusedPlan(padded.plan[:n, :m], padded.error, padded.moved), (problem, padded.plan)
 
 
-def _backward(settings: FusedSettings, kept: tuple[FusedProblem, Array], given: FusedPlan) -> tuple[FusedProblem]:
+def _backward(
+    settings: FusedSettings, kept: tuple[FusedProblem, Array], given: FusedPlan
+) -> tuple[FusedProblem, Masses]:
     problem, plan = kept
     n, m = problem.linear.shape
     root = jnp.sqrt(plan)
@@ -177,11 +204,12 @@ def _backward(settings: FusedSettings, kept: tuple[FusedProblem, Array], given: 
         return within(settings.epsilon * z + root * jnp.zeros_like(plan).at[:n, :m].set(bent))
 
     size = jnp.abs(given.plan).max()
-    size = jnp.where(size > 0, size, 1.0)
+    size = jnp.where(size > jnp.finfo(size.dtype).tiny, size, 1.0)
     wanted = within(root * jnp.zeros_like(plan).at[:n, :m].set(given.plan / size))
-    z, _ = jax.scipy.sparse.linalg.cg(curved, wanted, tol=PRECISION[str(plan.dtype)], maxiter=MOST_GRADIENT_STEPS)
+    z = conjugate_gradients(curved, wanted, tolerance=PRECISION[str(plan.dtype)], most=MOST_GRADIENT_STEPS)
     direction = size * (root * z)[:n, :m]
-    return jax.vjp(lambda p: linearised(p, plan[:n, :m]), problem)[1](-direction)
+    (back,) = jax.vjp(lambda p: linearised(p, plan[:n, :m]), problem)[1](-direction)
+    return back, Masses(jnp.zeros(n, plan.dtype), jnp.zeros(m, plan.dtype))
 
 
 _fused_plan.defvjp(_forward, _backward)
@@ -191,10 +219,9 @@ def _between(problem: FusedProblem, plan: Array) -> Array:
     return jnp.matmul(jnp.matmul(problem.left, plan, precision="highest"), problem.right, precision="highest")
 
 
-def _log_masses(size: int, overlap: float | None) -> Array:
-    """Log of equal masses of total 1, in the partial problem followed by what of the other side is left out."""
-    equal = jnp.full(size, -math.log(size))
-    return equal if overlap is None else jnp.append(equal, math.log(1 - overlap))
+def _log_masses(mass: Array, overlap: float | None) -> Array:
+    """Log of the masses, in the partial problem followed by what of the other side is left out."""
+    return jnp.log(mass) if overlap is None else jnp.append(jnp.log(mass), math.log(1 - overlap))
 
 
 def _padded_cost(problem: FusedProblem, plan: Array, *, partly: bool) -> Array:
@@ -233,6 +260,12 @@ def _balanced(cost: Array, log_a: Array, log_b: Array, f: Array, g: Array) -> tu
     def unbalanced(state: tuple[Array, ...]) -> Array:
         return (state[0] < NEWTON_STEPS) & (state[-2] > BALANCED[kind]) & state[-1]
 
-    start = (jnp.zeros((), int), rough.f, rough.g, *off(jnp.exp(rough.f[:, None] + rough.g - cost)), jnp.ones((), bool))
+    start: tuple[Array, ...] = (
+        jnp.zeros((), int),
+        rough.f,
+        rough.g,
+        *off(jnp.exp(rough.f[:, None] + rough.g - cost)),
+        jnp.ones((), bool),
+    )
     _, f, g, plan, _, _, error, _ = jax.lax.while_loop(unbalanced, newton, start)
     return plan, f, g, error

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .conjugate import conjugate_gradients
 from .distances import safe_sqrt, squared_euclidean
 from .principal import principal_components
 
@@ -247,7 +248,7 @@ def solve_marginals(
     """
     tiny = jnp.finfo(plan.dtype).tiny
     size = jnp.maximum(jnp.abs(u).max(), jnp.abs(v).max())
-    size = jnp.where(size > 0, size, 1.0)
+    size = jnp.where(size > tiny, size, 1.0)
     u, v = u / size, v / size  # squares of very small right sides would be 0
     rows, columns = jnp.maximum(plan.sum(axis=1), tiny), jnp.maximum(plan.sum(axis=0), tiny)
     # scaled to a unit diagonal, which leaves the smallest mass as good a pivot as the largest
@@ -269,7 +270,7 @@ def solve_marginals(
         return both[0] + more[0] - x, both[1] + more[1] - y
 
     wanted = (left * u, right * v)
-    (x, y), _ = jax.scipy.sparse.linalg.cg(
-        product, along(wanted, -1.0) if singular else wanted, tol=PRECISION[str(plan.dtype)], maxiter=500
+    x, y = conjugate_gradients(
+        product, along(wanted, -1.0) if singular else wanted, tolerance=PRECISION[str(plan.dtype)], most=500
     )
     return size * left * x, size * right * y

@@ -83,9 +83,10 @@ def rigid_motion(
         plan: weights of the pairs, of any total.
         reflection: whether R may turn the slice over.
     """
-    total = plan.sum()
+    rows, columns = plan.sum(axis=1), plan.sum(axis=0)
+    total = rows.sum()
     over = 1 / jnp.where(total > 0, total, 1.0)
-    middle_x, middle_y = over * (plan.sum(axis=1) @ x), over * (plan.sum(axis=0) @ y)
+    middle_x, middle_y = over * (rows @ x), over * (columns @ y)
     cross = over * ((x - middle_x).T @ plan @ (y - middle_y))
     rotation = nearest_rotation(cross, reflection=reflection)
     return RigidMotion(rotation, middle_x - rotation @ middle_y)

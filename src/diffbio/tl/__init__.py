@@ -1,5 +1,6 @@
 """Tools on AnnData: `diffbio.tl.cluster(adata, n_clusters=8)`; each writes what its docstring lists."""
 
+from .align_slices import align_slices as align_slices
 from .annotate import annotate as annotate
 from .archetypes import archetypes as archetypes
 from .cluster import cluster as cluster

@@ -22,7 +22,7 @@ from ...math.slices import (
     rigid_motion,
     scaled_distances,
 )
-from ..base import Config, Data, Operator, checked_counts, checked_finite, one_of, positive, setting
+from ..base import Config, Data, Operator, checked_counts, one_of, positive, setting
 
 WHO = "DifferentiablePASTEAlignment"
 LEAST_SPOTS = 3  # that fix a rigid motion in the plane
@@ -93,7 +93,7 @@ class DifferentiablePASTEAlignment(Operator):
     badly conditioned below 0.001.
 
     The plan is dense: at most 25 million pairs of spots, with a time of n m (n + m) a round. For more,
-    `tl.align_slices` works through landmarks (see `math.slice_landmarks`). There are no weights.
+    `tl.align_slices` works through landmarks (see `math.slice_coupling`). There are no weights.
     """
 
     config: PASTEAlignmentConfig
@@ -118,6 +118,8 @@ class DifferentiablePASTEAlignment(Operator):
                 or no gene with counts in both slices.
         """
         config = self.config
+        for key, values in (("slice1_counts", slice1_counts), ("slice2_counts", slice2_counts)):
+            checked_counts(WHO, values, key=key)
         check_slices(WHO, (slice1_counts, slice2_counts), (slice1_coords, slice2_coords))
         n, m = len(slice1_counts), len(slice2_counts)
         if n * m > MOST_DENSE:
@@ -174,42 +176,49 @@ class DifferentiablePASTEAlignment(Operator):
         }
 
 
-def check_slices(who: str, counts: Any, coords: Any) -> None:
+def check_slices(who: str, counts: Any, coords: Any, *, names: Any = None) -> None:
     """Refuses slices that cannot be aligned; under jit, where values are not known, only by their shapes.
 
     Args:
         who: the caller, for the message.
         counts: of each slice, dense or sparse.
         coords: of each slice.
+        names: of the slices, for the message; None numbers them as the operator's keys do.
 
     Raises:
         DataError: naming the slice and its fault.
     """
-    for number, (values, place) in enumerate(zip(counts, coords, strict=True), start=1):
+    names = names or [f"slice {k + 1}" for k in range(len(counts))]
+    for name, place, values in zip(names, coords, counts, strict=True):
         if values.shape[0] < LEAST_SPOTS:
-            msg = f"{who}: slice {number} has {values.shape[0]} spots; an alignment needs at least {LEAST_SPOTS}."
+            msg = f"{who}: {name} has {values.shape[0]} spots; an alignment needs at least {LEAST_SPOTS}."
             raise DataError(msg)
         if place.shape[1] not in (2, 3):
-            msg = f"{who}: data['slice{number}_coords'] must have 2 or 3 columns, got {place.shape[1]}."
+            msg = f"{who}: coordinates must have 2 or 3 columns, those of {name} have {place.shape[1]}."
             raise DataError(msg)
-        checked_finite(who, place, key=f"slice{number}_coords", fix="leave such spots out")
-        if not isinstance(place, jax.core.Tracer) and (np.ptp(np.asarray(place), axis=0) == 0).all():
-            msg = f"{who}: all spots of slice {number} lie in one place; give each its own coordinates."
+        if isinstance(place, jax.core.Tracer):
+            continue
+        host = np.asarray(place)
+        if not np.isfinite(host).all():
+            row = int(np.flatnonzero(~np.isfinite(host).all(axis=1))[0])
+            msg = f"{who}: coordinates must be finite, but row {row} of {name} holds {host[row]}; leave such spots out."
             raise DataError(msg)
-    some = []
-    for number, values in enumerate(counts, start=1):
-        if isinstance(values, jax.core.Tracer):
-            return
-        if not hasattr(values, "tocsr"):
-            checked_counts(who, values, key=f"slice{number}_counts")
+        if (np.ptp(host, axis=0) == 0).all():
+            msg = f"{who}: all spots of {name} lie in one place; give each its own coordinates."
+            raise DataError(msg)
+    if any(isinstance(values, jax.core.Tracer) for values in counts):
+        return
+    there = []
+    for name, values in zip(names, counts, strict=True):
         host = values if hasattr(values, "tocsr") else np.asarray(values)
         empty = np.flatnonzero(np.asarray(host.sum(axis=1)).ravel() == 0)
         if len(empty):
-            msg = f"{who}: {len(empty)} spots of slice {number} have no counts, first row {empty[0]}; leave them out."
+            msg = f"{who}: {len(empty)} spots of {name} have no counts of the genes in use, first row {empty[0]}; "
+            msg += "leave them out."
             raise DataError(msg)
-        some.append(np.asarray(host.sum(axis=0)).ravel() > 0)
-    if not np.logical_and.reduce(some).any():
-        msg = f"{who}: the slices share no genes: none has counts in both; look whether columns are the same genes."
+        there.append(np.asarray(host.sum(axis=0)).ravel() > 0)
+    if not np.logical_and.reduce(there).any():
+        msg = f"{who}: the slices share no genes: none has counts in all; look whether columns are the same genes."
         raise DataError(msg)
 
 

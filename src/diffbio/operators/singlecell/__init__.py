@@ -29,6 +29,10 @@ from .cell_communication import CellCommunicationConfig as CellCommunicationConf
 from .cell_communication import DifferentiableCellCommunication as DifferentiableCellCommunication
 from .community_detection import CommunityDetectionConfig as CommunityDetectionConfig
 from .community_detection import DifferentiableCommunityDetection as DifferentiableCommunityDetection
+from .differential_distribution import (
+    DifferentiableDifferentialDistribution as DifferentiableDifferentialDistribution,
+)
+from .differential_distribution import DifferentialDistributionConfig as DifferentialDistributionConfig
 from .diffusion_imputation import DifferentiableDiffusionImputer as DifferentiableDiffusionImputer
 from .diffusion_imputation import DiffusionImputerConfig as DiffusionImputerConfig
 from .doublet_detection import DifferentiableDoubletScorer as DifferentiableDoubletScorer

@@ -126,18 +126,18 @@ def lowest(
 
 
 def score_of(metric: str, *, kh: float, hill_n: float) -> Score:
-    """The score of a ligand's and a receptor's mean; 0 where one of them is 0.
+    """The score of a ligand's and a receptor's mean.
 
     "mean": (L + R) / 2, CellPhoneDB's; "product": L R, NATMI's; "geometric": sqrt(L R); "hill": (L R)^n / (kh^n +
     (L R)^n), CellChat's law of mass action (Jin et al. 2021, eq. 1, without its agonists and antagonists).
     """
 
     def score(ligand: Array, receptor: Array) -> Array:
+        if metric == "mean":
+            return (ligand + receptor) / 2
         product = ligand * receptor
         both = product > 0
         safe = jnp.where(both, product, 1.0)
-        if metric == "mean":
-            return jnp.where(both, (ligand + receptor) / 2, 0.0)
         if metric == "product":
             return product
         if metric == "geometric":
@@ -146,6 +146,12 @@ def score_of(metric: str, *, kh: float, hill_n: float) -> Score:
         return power / (kh**hill_n + power)
 
     return score
+
+
+def observed_scores(score: Score, ligand: Side, receptor: Side) -> Float[Array, "pairs groups groups"]:
+    """Scores of the groups' means; 0 where ligand or receptor is in no cell, as CellPhoneDB."""
+    both = between(jnp.multiply, ligand.mean, receptor.mean) > 0
+    return jnp.where(both, between(score, ligand.mean, receptor.mean), 0.0)
 
 
 def between(score: Score, ligand: Array, receptor: Array) -> Float[Array, "pairs groups groups"]:
@@ -284,7 +290,7 @@ def consensus(
         return (a + b) / 2
 
     magnitude = (
-        between(mean, ligand.mean, receptor.mean),
+        observed_scores(mean, ligand, receptor),
         between(product, ligand.mean, receptor.mean),
         root / jnp.where(base > 0, base, 1.0),
     )
@@ -301,4 +307,5 @@ def consensus(
             ranks[1] = weighted_ranks(ranks[1], gate.ravel(), temperature)
         return robust_rank_aggregate(jnp.stack(ranks, axis=1), gate.ravel()).reshape(gate.shape)
 
-    return Ranks(*(1.0 - gate * (1.0 - aggregate(scores)) for scores in (magnitude, specificity)))
+    # written so that small ranks keep their digits
+    return Ranks(*((1.0 - gate) + gate * aggregate(scores) for scores in (magnitude, specificity)))

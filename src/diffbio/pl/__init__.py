@@ -24,6 +24,7 @@ from .annotation import confidence as confidence
 from .annotation import confusion as confusion
 from .annotation import markers as markers
 from .archetypes import archetypes as archetypes
+from .communication import communication as communication
 from .doublets import doublets as doublets
 from .drawing import PALETTE as PALETTE
 from .drawing import codes_of as codes_of
@@ -36,6 +37,7 @@ from .fate import fate as fate
 from .gene_trends import gene_trends as gene_trends
 from .gradients import gradients as gradients
 from .impute import impute as impute
+from .ligand_receptor import ligand_receptor as ligand_receptor
 from .ot_trajectory import ot_trajectory as ot_trajectory
 from .phate import phate as phate
 from .pseudotime import pseudotime as pseudotime

@@ -19,6 +19,7 @@ from ..base import Config, Data, Operator, fraction, nonnegative, positive
 from .pair_checks import check_normalized, check_pairs, with_subunits
 
 WHO = "DifferentiableCellCommunication"
+FACTORED = 0.1  # weight of what the pathways leave of the responses
 SMALL = 1e-6  # squared responses, below any that is told from none
 
 
@@ -126,7 +127,7 @@ class DifferentiableCellCommunication(Operator):
         self.dropout = nnx.Dropout(config.dropout_rate, deterministic=True, rngs=rngs)
         self.decoder = nnx.Linear(hidden, genes, rngs=rngs)
         self.responses = nnx.Param(small(rngs.params(), (pairs, genes)))
-        self.memberships = nnx.Param(small(rngs.params(), (pairs, config.n_pathways)) - 2.0)
+        self.memberships = nnx.Param(small(rngs.params(), (pairs, config.n_pathways)) - 4.0)
         self.programs = nnx.Param(wide(rngs.params(), (config.n_pathways, genes)))
         self.center, self.scale = nnx.BatchStat(jnp.zeros(genes)), nnx.BatchStat(jnp.ones(genes))
         self.signal_scale = nnx.BatchStat(jnp.ones(pairs))
@@ -186,7 +187,7 @@ class DifferentiableCellCommunication(Operator):
         ridge = self.config.ridge * (own + niche)
         weights = jax.nn.softplus(self.memberships[...])
         left = ((responses - weights @ self._programs()) ** 2).sum()
-        total = loss + (sparse + ridge + 0.01 * left) / genes
+        total = loss + (sparse + ridge + FACTORED * left) / genes
         explained = 1.0 - error.mean() / (found.values**2).mean()
         return total, {"explained": explained, "strength": (responses**2).sum(axis=1).mean()}
 

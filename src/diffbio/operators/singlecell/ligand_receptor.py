@@ -17,6 +17,7 @@ from ...math.ligand_receptor import (
     between,
     consensus,
     gene_statistics,
+    observed_scores,
     permutation_pvalues,
     score_of,
     side_of,
@@ -149,7 +150,7 @@ class DifferentiableLigandReceptor(Operator):
         if config.metric == "consensus":
             scores = -jnp.log10(jnp.maximum(ranks.magnitude, jnp.finfo(counts.dtype).tiny))
         else:
-            scores = expressed * between(score, ligand.mean, receptor.mean)
+            scores = expressed * observed_scores(score, ligand, receptor)
         return {
             "lr_scores": scores,
             "lr_expressed": expressed,

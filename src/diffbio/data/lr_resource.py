@@ -124,7 +124,7 @@ def _of_liana(name: str) -> pd.DataFrame:
     try:
         from liana.resource import select_resource
     except ImportError as error:
-        msg = f"resource {name!r} comes with the liana package, which is not installed: pip install 'diffbio[liana]', "
+        msg = f"resource {name!r} comes with the liana package, which is not installed: pip install liana, "
         msg += "or pass a DataFrame or .csv with columns ligand and receptor"
         raise ConfigError(msg) from error
     try:

@@ -25,6 +25,7 @@ from .annotation import confusion as confusion
 from .annotation import markers as markers
 from .archetypes import archetypes as archetypes
 from .communication import communication as communication
+from .differential_distribution import differential_distribution as differential_distribution
 from .doublets import doublets as doublets
 from .drawing import PALETTE as PALETTE
 from .drawing import codes_of as codes_of
@@ -35,6 +36,7 @@ from .droplets import call_cells as call_cells
 from .fate import driver_genes as driver_genes
 from .fate import fate as fate
 from .gene_trends import gene_trends as gene_trends
+from .grn import grn as grn
 from .gradients import gradients as gradients
 from .impute import impute as impute
 from .ligand_receptor import ligand_receptor as ligand_receptor
@@ -43,4 +45,5 @@ from .phate import phate as phate
 from .pseudotime import pseudotime as pseudotime
 from .quality import quality as quality
 from .simulation import simulation as simulation
+from .switch_de import switch_de as switch_de
 from .velocity import velocity as velocity

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .soft import soft_rank
 
+GENES_AT_ONCE = 64  # that are ranked side by side: bounds memory
 SIGN_SCALE = 10.0  # a partial effect of 0.1 standard deviations has a sign of 0.76
 
 
@@ -16,8 +17,9 @@ def standardized(x: Float[Array, "cells genes"]) -> Float[Array, "cells genes"]:
     """Each gene with mean 0 and standard deviation 1; a constant gene is 0, without NaN in the gradient."""
     centered = x - x.mean(axis=0)
     variance = (centered**2).mean(axis=0)
-    spread = jnp.sqrt(jnp.where(variance > 0, variance, 1.0))
-    return jnp.where(variance > 0, centered / spread, 0.0)
+    moves = varying(x) & (variance > 0)  # the mean of equal values may differ from them by rounding
+    spread = jnp.sqrt(jnp.where(moves, variance, 1.0))
+    return jnp.where(moves, centered / spread, 0.0)
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -30,8 +32,8 @@ def standard_ranks(x: Float[Array, "cells genes"], width: float) -> Float[Array,
         x: expression.
         width: values closer than this share their places smoothly; in standard deviations of the gene.
     """
-    ranks = jax.vmap(soft_rank, in_axes=(1, None), out_axes=1)(standardized(x), width)
-    return standardized(-ranks)
+    ranks = jax.lax.map(lambda gene: soft_rank(gene, width), standardized(x).T, batch_size=GENES_AT_ONCE)
+    return standardized(-ranks.T)
 
 
 def varying(x: Float[Array, "cells genes"]) -> Bool[Array, " genes"]:
@@ -51,7 +53,7 @@ def not_itself(regulators: Int[Array, " tfs"], n_genes: int) -> Bool[Array, "tfs
 
 @jax.jit
 def partial_effects(
-    correlation: Float[Array, "tfs genes"], regulators: Int[Array, " tfs"], ridge: float
+    correlation: Float[Array, "tfs genes"], regulators: Int[Array, " tfs"], ridge: float | Array
 ) -> Float[Array, "tfs genes"]:
     """Coefficients of the ridge regression of every gene on all regulators at once, itself left out.
 
@@ -84,9 +86,7 @@ def unexplained(
 
 
 @jax.jit
-def regulator_activity(
-    z: Float[Array, "cells genes"], weights: Float[Array, "tfs genes"]
-) -> Float[Array, "cells tfs"]:
+def regulator_activity(z: Float[Array, "cells genes"], weights: Float[Array, "tfs genes"]) -> Float[Array, "cells tfs"]:
     """Mean of a regulator's targets in each cell, weighted with sign: sum_g w_ig z_g / |w_i|; 0 without targets.
 
     Dividing by the norm gives the same spread to regulators of many and of few targets whose noise is independent.

@@ -1,5 +1,7 @@
 """GATv2 attention of genes over the regulators that may explain them, on the bipartite graph, in blocks of genes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -58,7 +60,7 @@ class RegulatorAttention(nnx.Module):
             graph, state = nnx.split(self)
 
             @jax.checkpoint
-            def block(state: nnx.State, of_regulators: Array, arrays: list[Array]) -> Array:
+            def block(state: Any, of_regulators: Array, arrays: list[Array]) -> Array:
                 return nnx.merge(graph, state)._block(of_regulators, temperature, *arrays)
 
             found = jax.lax.map(lambda arrays: block(state, of_regulators, arrays), blocks)

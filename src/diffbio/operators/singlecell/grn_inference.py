@@ -53,7 +53,7 @@ class GRNInferenceConfig(Config):
     sparsity_temperature: float = positive(1.0)
     sparsity_lambda: float = nonnegative(0.25)
     ridge: float = positive(0.1)
-    rank_width: float = positive(0.05)
+    rank_width: float = positive(0.001)
     normalize: bool = True
     edge_offsets: bool = True
 

@@ -7,7 +7,6 @@ of their spots, and the plan of the landmarks is solved. Then spots are coupled 
 is coupled with, by the transport problem, with the same entropy, of the objective's linear part at the landmarks' plan.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from scipy import sparse
+from scipy.sparse.linalg import LinearOperator, cg
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 from scipy.spatial.distance import cdist
 
@@ -26,8 +26,9 @@ from .slices import euclidean_dissimilarity, kl_dissimilarity
 MOST_DENSE = 4_000_000  # pairs of spots of which an array is made
 SMALLEST = 1e-4  # share of a spot's mass below which an entry is not kept
 SMALLEST_PAIR = 1e-3  # share of a landmark's mass below which its spots are not coupled with those of the other one
-SCALINGS = 2000  # of rows and columns at most
-LOOKS = 20  # scalings between two looks at the error
+SCALINGS = 100  # of rows and columns, at each epsilon
+FALLING = np.array([64.0, 16.0, 4.0, 1.0])  # epsilon on the way, times its value
+NEWTON_STEPS, CG_STEPS = 15, 300
 TINY = 1e-300
 BALANCED = 1e-5  # mass off its marginals at which they end
 
@@ -176,22 +177,56 @@ def _pairs(plan: np.ndarray) -> np.ndarray:
 def _transported(
     cost: sparse.csr_matrix, a: np.ndarray, b: np.ndarray, epsilon: float
 ) -> tuple[sparse.csr_matrix, float]:
-    """Entropic plan of those masses on the entries of `cost`, and the mass off its marginals."""
-    counts = np.diff(cost.indptr)
-    least = np.minimum.reduceat(cost.data, cost.indptr[:-1][counts > 0])
-    kernel = cost.copy()
-    kernel.data = np.exp(-(cost.data - np.repeat(least, counts[counts > 0])) / epsilon)
-    across = kernel.T.tocsr()
-    v, off = np.ones(len(b)), math.inf
-    for k in range(SCALINGS):
-        u = a / np.maximum(kernel @ v, TINY)
-        v = b / np.maximum(across @ u, TINY)
-        if k % LOOKS == LOOKS - 1:
-            off = float(np.abs(u * (kernel @ v) - a).sum())
-            if off < BALANCED:
+    """Entropic plan of those masses on the entries of `cost`, and the mass off its marginals.
+
+    Rows and columns are scaled in turn while epsilon falls, then Newton's method on the potentials.
+    """
+    plan, counts = cost.copy(), np.diff(cost.indptr)
+    rows = np.repeat(np.arange(len(a)), counts)
+    f, g = np.zeros(len(a)), np.zeros(len(b))
+    f[counts > 0] = np.minimum.reduceat(cost.data, cost.indptr[:-1][counts > 0])
+    for now in epsilon * FALLING:
+        plan.data = np.exp((f[rows] + g[plan.indices] - cost.data) / now)
+        across, u, v = plan.T.tocsr(), np.ones(len(a)), np.ones(len(b))
+        for _ in range(SCALINGS):
+            u = a / np.maximum(plan @ v, TINY)
+            v = b / np.maximum(across @ u, TINY)
+        f, g = f + now * np.log(np.maximum(u, TINY)), g + now * np.log(np.maximum(v, TINY))
+    plan.data *= u[rows] * v[plan.indices]
+    off = _off(plan, a, b)
+    for _ in range(NEWTON_STEPS):
+        if off < BALANCED:
+            break
+        x, y = _newton_step(plan, a, b)
+        for part in (1.0, 0.5, 0.2, 0.05):
+            trial = plan.copy()
+            trial.data = plan.data * np.exp(np.clip(part * (x[rows] + y[plan.indices]), -30.0, 30.0))
+            found = _off(trial, a, b)
+            if found < off:
                 break
-    kernel.data *= np.repeat(u, counts) * v[kernel.indices]
-    return kernel, off
+        else:
+            break
+        plan, off = trial, found
+    return plan, off
+
+
+def _off(plan: sparse.csr_matrix, a: np.ndarray, b: np.ndarray) -> float:
+    return float(sum(np.abs(np.asarray(plan.sum(axis=1 - k)).ravel() - mass).sum() for k, mass in enumerate((a, b))))
+
+
+def _newton_step(plan: sparse.csr_matrix, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Changes of the logarithms of both scalings, as `math.ot.solve_marginals`, of a sparse plan."""
+    rows, columns = (np.maximum(np.asarray(plan.sum(axis=k)).ravel(), TINY) for k in (1, 0))
+    n, across, left, right = len(a), plan.T.tocsr(), 1 / np.sqrt(rows), 1 / np.sqrt(columns)
+
+    def product(z: np.ndarray) -> np.ndarray:
+        x, y = z[:n], z[n:]
+        return np.concatenate([x + left * (plan @ (right * y)), y + right * (across @ (left * x))])
+
+    wanted = np.concatenate([left * (a - rows), right * (b - columns)])
+    size = len(wanted)
+    z, _ = cg(LinearOperator((size, size), matvec=product, dtype=np.float64), wanted, rtol=1e-3, maxiter=CG_STEPS)
+    return left * z[:n], right * z[n:]
 
 
 def _kept(plan: sparse.csr_matrix, rows: np.ndarray) -> sparse.csr_matrix:

@@ -1,5 +1,6 @@
 """Figures of what `pp` and `tl` wrote; each function returns matplotlib axes."""
 
+from .align_slices import align_slices as align_slices
 from .analysis import MAP_WIDTH as MAP_WIDTH
 from .analysis import ambient as ambient
 from .analysis import cluster as cluster

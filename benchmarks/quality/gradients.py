@@ -2,8 +2,8 @@
 
     uv run python -m benchmarks.quality.gradients
 
-Every operator on its contract example (tens of cells, fresh or data-started weights): 8 random orthonormal directions
-in its smooth outputs are pulled back to its float inputs. Columns as of `diffbio.gradients`.
+Every operator on its contract example (tens of cells, fresh or data-started weights): up to 32 orthonormal directions
+in the smooth outputs of one cell are pulled back to its float inputs. Columns as of `diffbio.gradients`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 import jax
 import numpy as np
 
-PROBES = 8
+PROBES = 32
 
 
 def rows(wanted: tuple[str, ...] = ()) -> list[tuple[str, str, float, float, float]]:

@@ -114,7 +114,7 @@ def fit(
         devices=devices,
     )
     if hasattr(model, "finish_from"):
-        model.finish_from(_positions(model, source))
+        model.finish_from(positions_of(model, source))
     model.mark_fitted()
     return history
 
@@ -151,7 +151,7 @@ def _divided(
     return optax.multi_transform({"these": optimizer, "others": others}, kinds)
 
 
-def _positions(model: Operator, source: Source) -> dict[str, np.ndarray]:
+def positions_of(model: Operator, source: Source) -> dict[str, np.ndarray]:
     """What `finish_from` wants to know of every cell."""
     graph, state = nnx.split(model)
 

@@ -204,3 +204,41 @@ def test_a_part_on_a_graph_learns_from_patches_of_neighbours():
     history = diffbio.fit(chain, data, stages=[Stage(max_epochs=3, batch_size=20, learning_rate=1e-2)], progress=False)
     assert history.rows[0]["good_steps"] == 4
     assert history.rows[-1]["loss"] < history.rows[0]["loss"]
+
+
+def test_one_loss_of_the_users_trains_the_chain():
+    term = Term("spread", lambda result: 1.0 + (result["latent"] ** 2).mean())
+    toy = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    history = diffbio.fit(Chain([toy], terms=[term]), {"counts": cells()["counts"]}, max_epochs=2, progress=False)
+    assert history.rows[-1]["stage"] == "2-joint"
+    assert "spread" in history.rows[-1]
+
+
+def test_what_cannot_work_is_refused():
+    data = {"counts": cells()["counts"]}
+    with pytest.raises(ConfigError, match=r"'weigth\.toy' schedules nothing"):
+        diffbio.fit(toy_and_groups(), data, schedules={"weigth.toy": lambda e: 1.0}, max_epochs=1, progress=False)
+    negative = [Own("toy"), Term("low", lambda result: -1.0 + 0 * result["latent"].sum())]
+    with pytest.raises(ConfigError, match="needs positive losses, but 'low' is -1"):
+        diffbio.fit(toy_and_groups(terms=negative, balance="uncertainty"), data, max_epochs=1, progress=False)
+    with pytest.raises(ConfigError, match="own objective of 'toy' is named twice"):
+        toy_and_groups(terms=[Own("toy"), Own("toy", name="again")])
+    with pytest.raises(ConfigError, match="a chain within a chain"):
+        Chain([toy_and_groups()])
+
+
+def test_the_last_step_of_a_part_is_taken():
+    """Solo's threshold, say, is found after training: `fit` of the part alone and the chain of it end alike."""
+    finished = []
+
+    class Finishing(Toy):
+        def positions(self, data):
+            return {"latent": self(data["counts"])["latent"]}
+
+        def finish_from(self, positions):
+            finished.append(positions["latent"].shape)
+
+    toy = Finishing(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    diffbio.fit(Chain([toy, Part(kmeans(), "groups", reads={"embeddings": "latent"})]), {"counts": cells()["counts"]},
+                max_epochs=1, progress=False)  # fmt: skip
+    assert finished == [(40, N_LATENT)] * 2, "after its own stage, and after the joint one"

@@ -68,7 +68,9 @@ def test_linear_parts_have_the_gain_and_condition_of_their_matrix():
     chain = Chain([one, two], terms=[Term("square", lambda r: 0.5 * (r["y"] ** 2).sum())])
     found = diffbio.gradients(chain, data(1, 4), n_probes=4, n_batches=2)
     assert list(found.index) == ["one", "two"]
-    np.testing.assert_allclose(found.loc["one", ["gain", "condition"]].astype(float), [np.sqrt(103 / 4), 10], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.loc["one", ["gain", "condition"]].astype(float), [np.sqrt(103 / 4), 10 / np.sqrt(103 / 4)], rtol=1e-4
+    )
     np.testing.assert_allclose(found.loc["two", ["gain", "condition"]].astype(float), [1, 1], rtol=1e-4)
     x = data(1, 4)["x"][0]
     scaled = x * [10, 1, 1, 1]

@@ -57,6 +57,9 @@ class Part:
         if not isinstance(operator, Operator):
             msg = f"Part: expected an Operator, got {type(operator).__name__}."
             raise ConfigError(msg)
+        if isinstance(operator, Chain):
+            msg = "Part: a chain within a chain is not supported; join their parts in one."
+            raise ConfigError(msg)
         self.operator, self.frozen = operator, frozen
         self.name = name or snake(type(operator).__name__)
         self.reads, self.writes = dict(reads or {}), dict(writes or {})
@@ -105,7 +108,7 @@ class Chain(Operator):
             parts: in the order in which they run.
             terms: losses of joint training; None is the own objective of every part that has one.
             inputs: keys that the data holds. None: what the first part reads, what later parts read beside floats
-                (labels), and what a term reads that no part gives.
+                (labels) or can do without, and what a term reads that no part gives.
             balance: of the terms: "sum" by their weights; "uncertainty", weights learned (Kendall, Gal and Cipolla
                 2018, equation 10), logged as `balance_<term>`.
 
@@ -183,6 +186,11 @@ class Chain(Operator):
         return frozenset(key for wire in self.wires for own, key in wire.reads if own in self[wire.name].cell_numbers)
 
     @property
+    def graph_of_cells(self) -> bool:  # type: ignore[override]
+        """Whether a part makes or reads a graph of the cells."""
+        return any(self[name].graph_of_cells for name in self.names)
+
+    @property
     def smooth_in(self) -> list[str]:  # type: ignore[override]
         """Float inputs of which every reader has an honest gradient."""
         rough = {key for wire in self.wires for own, key in wire.reads if own in self[wire.name].rough_in}
@@ -230,8 +238,10 @@ class Chain(Operator):
             "weight.<term>", which multiplies that of the term.
 
         Raises:
+            ConfigError: `scheduled` names no part or term.
             MissingKeyError: a key that a term reads is absent.
         """
+        self._check_scheduled(scheduled)
         result: Data = {**data, **self._inputs(data)}
         asked = [term for term in self.terms if self.active is None or term.name in self.active]
         own = {term.part: term for term in asked if isinstance(term, Own)}
@@ -256,6 +266,14 @@ class Chain(Operator):
         learned = None if self.log_variances is None else self.log_variances[...]
         places = [self._term_names.index(term.name) for term in asked]
         return balanced(values, weights, None if learned is None else learned[jnp.asarray(places, int)])
+
+    def _check_scheduled(self, scheduled: Mapping[str, Any]) -> None:
+        for name in scheduled:
+            start, _, rest = name.partition(".")
+            if not (start in self.names and rest) and not (start == "weight" and rest in self._term_names):
+                msg = f"Chain: {name!r} schedules nothing; there are the parts {', '.join(self.names)} "
+                msg += f"(<part>.<keyword>) and the terms {', '.join(self._term_names)} (weight.<term>)."
+                raise ConfigError(msg)
 
     def train_mode(self) -> None:
         """As of every operator, but parts that do not learn stay as they are: no dropout, statistics at rest."""
@@ -370,14 +388,15 @@ def _read(wire: Wire, part: Operator, result: Data) -> Data:
 
 
 def _default_inputs(parts: Sequence[Part]) -> tuple[str, ...]:
-    """What the first part reads; of later ones, what they read beside floats and nobody before gives."""
+    """What the first part reads; of later ones labels and what they can do without, if nobody before gives it."""
     first = parts[0]
     keys = [first.reads.get(own, own) for own in first.operator.requires]
     given: set[str] = set()
     for part in parts:
         own_keys = {own: part.reads.get(own, own) for own in part.operator.requires}
-        labels = [key for own, key in own_keys.items() if is_int(part.operator.requires[own])]
-        keys += [key for key in labels if key not in given]
+        op = part.operator
+        welcome = [key for own, key in own_keys.items() if is_int(op.requires[own]) or own in op.optional]
+        keys += [key for key in welcome if key not in given]
         given |= {part.writes.get(own, own) for own in part.operator.provided()}
     return tuple(dict.fromkeys(keys))
 

@@ -1,7 +1,8 @@
 """How a chain is trained: which parts learn, for how long, with which losses, as data."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from flax import nnx
 from .. import storage
 from ..data.source import ArraySource, Source
 from ..errors import ConfigError
-from ..fitting import gathered, optimizer_of
+from ..fitting import gathered, optimizer_of, positions_of
 from ..history import History
 from ..math.linalg import pca
 from ..math.neighbors import knn
@@ -73,7 +74,8 @@ class Stage:
 def default_stages(chain: "Chain") -> tuple[Stage, ...]:
     """Every part by its own objective on what the ones before give, then all jointly."""
     alone = tuple(Stage(parts=(name,)) for name in chain.names if chain.learns(name))
-    return (*alone, Stage()) if len(chain.terms) > 1 and len(chain.names) > 1 else alone
+    own_alone = len(chain.names) == 1 and all(isinstance(term, Own) for term in chain.terms)
+    return alone if own_alone or not chain.terms else (*alone, Stage())
 
 
 def fit_chain(
@@ -162,11 +164,33 @@ class _Run:
             msg = f"fit: stage {stage.name!r} has no loss: the chain's parts have no objective, and no terms are given."
             raise ConfigError(msg)
         chosen = self.settings_of(stage, JOINT)
+        self.check_balance(terms)
         self.run(chain, self.source, chosen, label, self.together(stage, terms, chosen), held=True)
         for name in learning:
             chain[name].mark_fitted()
+            if hasattr(chain[name], "finish_from"):
+                chain[name].finish_from(positions_of(chain[name], self.source_of(name)))
         later = chain.names[min(chain.names.index(name) for name in learning) :]
         self.start([name for name in later if not hasattr(chain[name], "objective")], again=True)
+
+    def check_balance(self, terms: Sequence[Any]) -> None:
+        """Refuses a learned balance of terms that are not positive: it has no minimum.
+
+        Raises:
+            ConfigError: naming the term.
+        """
+        chain = self.chain
+        if chain.log_variances is None:
+            return
+        chain.eval_mode()
+        batch = dense_on_device(batch_of(self.source, np.arange(min(self.source.n_cells, 256))))
+        graph, state = nnx.split(chain)
+        found = jax.jit(lambda state, batch: nnx.merge(graph, state).objective(batch)[1])(state, batch)
+        for term in terms:
+            if float(found[term.name]) <= 0:
+                msg = f'fit: balance="uncertainty" needs positive losses, but {term.name!r} is {found[term.name]:.4g} '
+                msg += 'on the first cells; add a constant to it, or take balance="sum".'
+                raise ConfigError(msg)
 
     def start(self, names: Sequence[str], *, again: bool = False) -> None:
         """`init_from` of these parts on what the ones before give; `again` those that nothing trains, on all cells."""
@@ -198,7 +222,9 @@ class _Run:
 
         constants = {own: np.asarray(v) for own, key in wire.reads for k, v in source.take(np.arange(1)).items()
                      if key in whole and k == key}  # fmt: skip
-        if any(chain[earlier.name].graph_of_cells for earlier in before):
+        made = {key for earlier in before for _, key in earlier.writes}
+        if any(chain[earlier.name].graph_of_cells for earlier in before) or whole & made:
+            whole -= made
             everything = batch_of(source, np.arange(source.n_cells))
             return {**{key: np.asarray(value) for key, value in jax.jit(read)(state, everything).items()}, **constants}
         return {**joined(map_chunks(read, state, source)), **constants}
@@ -206,16 +232,21 @@ class _Run:
     def alone(self, part: Operator, name: str, stage: Stage, label: str) -> None:
         """Trains a part by itself on what the ones before give: they run once, not at every step."""
         wire = self.chain.wires[self.chain.names.index(name)]
-        first = not self.chain.names.index(name) and all(own == key for own, key in wire.reads)
-        source: Source = self.source
-        if not first:
-            data = self.read_by(name)
-            per_cell = {key for key in data if axes(part.requires[key])[:1] == ["cells"]}
-            source = ArraySource(
-                {key: data[key] for key in per_cell}, {key: data[key] for key in data if key not in per_cell}
-            )
+        streamed = not self.chain.names.index(name) and all(own == key for own, key in wire.reads)
+        prepared = type(part).for_training is not Operator.for_training
+        source = self.source if streamed and not prepared else self.source_of(name)
         sampler = part.sampler(gathered(source, None)) if hasattr(part, "sampler") else None
         self.run(part, source, self.settings_of(stage, part.fit_defaults), label, sampler, held=False)
+        if hasattr(part, "finish_from"):
+            part.finish_from(positions_of(part, source))
+
+    def source_of(self, name: str) -> ArraySource:
+        """What a part reads, as it wants it for training."""
+        part = self.chain[name]
+        data = part.for_training(self.read_by(name))
+        per_cell = {key for key in data if key in part.requires and axes(part.requires[key])[:1] == ["cells"]}
+        whole = {key: value for key, value in data.items() if key in part.requires and key not in per_cell}
+        return ArraySource({key: data[key] for key in per_cell}, whole)
 
     def settings_of(self, stage: Stage, preferred: Mapping[str, Any]) -> Settings:
         """Of a stage: its own, else the user's, else what is preferred."""
@@ -250,6 +281,15 @@ class _Run:
             if isinstance(term, Own) and hasattr(chain[term.part], "sampler") and term.part not in on_graph
         ]  # fmt: skip
         wanted = stage.minibatches
+        numbered = sorted(chain.cell_numbers & set(self.source.keys))
+        if numbered and (wanted not in (None, "all") or n_cells > REFERENCE_CELLS):
+            msg = (
+                f"fit: data[{numbered[0]!r}] holds row numbers of cells, which minibatches do not keep; leave it out, "
+            )
+            msg += f'or take minibatches="all" and at most {REFERENCE_CELLS} cells.'
+            raise ConfigError(msg)
+        if numbered:
+            return AllCells(n_cells)
         if paired and wanted is None:
             return Cut(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
         if wanted is None and on_graph:
@@ -299,7 +339,7 @@ class Neighborhoods:
         """Row numbers (steps, batch_size); the last cells that do not fill a patch wait for the next epoch."""
         size = min(batch_size, self.n_cells)
         free = np.ones(self.n_cells, bool)
-        turns = iter(rng.permutation(self.n_cells))
+        turns: Iterator[int] = iter(rng.permutation(self.n_cells))
         patches = []
         for _ in range(self.n_cells // size):
             patch: list[int] = []
@@ -317,7 +357,7 @@ class Neighborhoods:
             free[ahead] = True  # seen, but of no place in this patch
             patches.append(patch)
             if ahead:
-                turns = iter([*ahead, *turns])
+                turns = itertools.chain(ahead, turns)
         return np.array(patches)
 
 

@@ -12,10 +12,11 @@ from flax import nnx
 from ..data.source import Source
 from ..errors import ConfigError
 from ..fitting import source_for
-from ..operators.base import Operator, axes
+from ..operators.base import Operator, axes, mode_of
 from ..train import batch_of, dense_on_device, split
 from .chain import Chain, Part, Wire
 from .single_cell import SingleCellPipeline
+from .terms import Own, Term, balanced
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,7 @@ def gradients(
     keys: Mapping[str, str] | None = None,
     batch_size: int = 128,
     n_batches: int = 8,
-    n_probes: int = 8,
+    n_probes: int = 32,
     seed: int = 0,
 ) -> "pd.DataFrame":
     """Measures, for every part, the gradient of the chain's loss that passes through it.
@@ -54,8 +55,10 @@ def gradients(
         A row for each part, in order. `parameters`: their number. `out`: norm of the loss' gradient at the outputs of
         the part, mean over minibatches (0: no loss reads what it gives). `into`: the same at its inputs, after it has
         passed. `gain`: the root mean square, over the probes, of the norm at the inputs of a unit gradient at the
-        outputs. `condition`: ratio of the largest to the smallest singular value of the map from those directions
-        to the inputs; inf where a direction is lost. `silent`: share of the input columns that get no gradient from
+        outputs of a cell. `condition`: the largest singular value of the map from those directions to the inputs, over
+        `gain`: 1 where all directions pass alike, sqrt(k) where one of k does; of all the directions of a cell where
+        they are at most n_probes, else of as many at random, which tells less.
+        `silent`: share of the input columns that get no gradient from
         any probe or minibatch. `signal_to_noise`: norm of the mean, over minibatches, of the gradient of the
         parameters (of a part without, at its inputs summed over cells), over the root mean square of the deviations
         from it. `agreement`: mean cosine between pairs of those. `verdict`: "not finite", "dead" (gain below 1e-6),
@@ -73,11 +76,11 @@ def gradients(
         raise ConfigError(msg)
     whole = as_chain(chain)
     source = source_for(whole, data, keys)
-    whole.eval_mode()
     rng = np.random.default_rng(seed)
     size = min(batch_size, source.n_cells)
     batches = [batch_of(source, np.sort(rng.choice(source.n_cells, size, replace=False))) for _ in range(n_batches)]
-    graph, params, rest = split(whole)
+    with mode_of(whole, training=False):
+        graph, params, rest = split(whole)
     run = jax.jit(lambda params, batch: _measured(graph, params, rest, dense_on_device(batch)))
     found = [jax.device_get(run(params, batch)) for batch in batches]
 
@@ -141,27 +144,26 @@ def _smooth_values(chain: Chain, data: Tree) -> Tree:
 def _loss(chain: Chain, data: Tree, added: Tree, look: Any = None) -> jax.Array:
     """The loss, with `added` to what parts read and give: its gradient is that at these places."""
     result: Tree = {**data, **chain._inputs(data)}
-    total: Any = jnp.zeros(())
-    own = {term.part: term.weight for term in chain.terms if hasattr(term, "part")}
+    own = {term.part: term.name for term in chain.terms if isinstance(term, Own)}
+    values: dict[str, jax.Array] = {}
     outputs: Tree = {}
     for wire in chain.wires:
         part = chain[wire.name]
         read = {own_key: result[key] for own_key, key in wire.reads if result.get(key) is not None}
         read = _sum(read, added.get("in", {}).get(wire.name, {}))
         if wire.name in own:
-            total = total + own[wire.name] * part.objective(read)[0]  # type: ignore[attr-defined]
+            values[own[wire.name]] = part.objective(read)[0]  # type: ignore[attr-defined]
         given = part.apply(read)[0]
         outputs = {own_key: given[own_key] for own_key, _ in wire.writes if own_key in given}
         if look is not None:
             look(wire, {k: read[k] for k in part.smooth_in if k in read}, _smooth_out(part, outputs))
         outputs = _sum(outputs, added.get("out", {}).get(wire.name, {}))
         result |= {key: outputs[own_key] for own_key, key in wire.writes if own_key in outputs}
-    for term in chain.terms:
-        if not hasattr(term, "part"):
-            total = total + term.weight * term.of(result)
     if not chain.terms:
-        total = sum((v**2).mean() for v in _smooth_out(chain[chain.names[-1]], outputs).values())
-    return jnp.asarray(total)
+        return jnp.asarray(sum((v**2).mean() for v in _smooth_out(chain[chain.names[-1]], outputs).values()))
+    values |= {term.name: term.of(result) for term in chain.terms if isinstance(term, Term)}
+    learned = None if chain.log_variances is None else chain.log_variances[...]
+    return balanced(values, {term.name: term.weight for term in chain.terms}, learned)[0]
 
 
 def _smooth_out(part: Operator, outputs: Tree) -> Tree:
@@ -173,7 +175,11 @@ def _sum(values: Tree, added: Tree) -> Tree:
 
 
 def probed_by_part(chain: Chain, data: Tree, key: jax.Array, n_probes: int) -> dict[str, jax.Array]:
-    """For every part, the gradients at its inputs of `n_probes` orthonormal directions in its smooth outputs."""
+    """For every part, the gradients at its inputs of `n_probes` orthonormal directions in its smooth outputs.
+
+    The directions are in the outputs of one cell (the middle one), so that they are all of these where they are no
+    more than n_probes; outputs without a row per cell are probed whole.
+    """
     values = _smooth_values(chain, data)
     result: Tree = {**data, **chain._inputs(data)}
     found = {}
@@ -185,7 +191,8 @@ def probed_by_part(chain: Chain, data: Tree, key: jax.Array, n_probes: int) -> d
 
         def outputs(smooth: Tree, part: Operator = part, read: Tree = read) -> jax.Array:
             out = _smooth_out(part, part.apply({**read, **smooth})[0])
-            return jnp.concatenate([jnp.ravel(v) for v in out.values()]) if out else jnp.zeros(1)
+            rows = [v[len(v) // 2] if axes(part.provides[k])[:1] == ["cells"] else v for k, v in out.items()]
+            return jnp.concatenate([jnp.ravel(v) for v in rows]) if out else jnp.zeros(1)
 
         flat, back = jax.vjp(outputs, smooth)
         random = jax.random.normal(jax.random.fold_in(key, number), (flat.size, min(n_probes, flat.size)), flat.dtype)
@@ -228,12 +235,12 @@ def _verdict(finite: bool, gain: float, silent: float, signal: float, n_batches:
 
 
 def spread(jacobian: np.ndarray) -> tuple[float, float]:
-    """Root mean square and ratio of the largest to the smallest singular value."""
+    """Root mean square of the singular values, and ratio of the largest to it."""
     if not np.isfinite(jacobian).all():
         return float("nan"), float("nan")
     values = np.linalg.svd(jacobian.astype(np.float64), compute_uv=False)
-    smallest = values[-1] if len(values) and values[-1] > 1e-7 * values[0] else 0.0
-    return float(np.sqrt((values**2).mean())), float(values[0] / smallest) if smallest > 0 else float("inf")
+    gain = float(np.sqrt((values**2).sum() / len(jacobian)))
+    return gain, float(values[0] / gain) if gain > 0 else float("inf")
 
 
 def silent_share(part: Operator, probed: Tree, at: list[Tree]) -> float:

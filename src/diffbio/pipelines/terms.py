@@ -83,6 +83,10 @@ def checked_terms(
     if double := sorted({name for name in names if names.count(name) > 1}):
         msg = f"Chain: two terms are called {double[0]!r}; give one another name."
         raise ConfigError(msg)
+    parts = [term.part for term in terms if isinstance(term, Own)]
+    if double := sorted({part for part in parts if parts.count(part) > 1}):
+        msg = f"Chain: the own objective of {double[0]!r} is named twice; once with the sum of the weights is enough."
+        raise ConfigError(msg)
     for term in terms:
         if isinstance(term, Own):
             if not hasattr(chain[term.part], "objective"):
@@ -104,7 +108,7 @@ def balanced(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of weighted terms, and the terms by name.
 
-    With `log_variances` s it is the sum of (exp(-s) L + s) / 2, the likelihood of tasks whose noise is learned
+    With `log_variances` s it is the sum of weight · (exp(-s) L + s) / 2, the likelihood of tasks whose noise is learned
     (Kendall, Gal and Cipolla 2018): its minimum over s weighs a term by 1 / L, so that terms of any scale count
     alike. Terms must be positive; exp(-s) is logged as `balance_<term>`.
 
@@ -116,10 +120,10 @@ def balanced(
     metrics: dict[str, jax.Array] = dict(values)
     loss = jnp.zeros(())
     for place, (name, weight) in enumerate(weights.items()):
-        weighted = weight * values[name]
+        value = values[name]
         if log_variances is not None:
             scale = jnp.exp(-log_variances[place])
-            weighted = (scale * weighted + log_variances[place]) / 2
+            value = (scale * value + log_variances[place]) / 2
             metrics[f"balance_{name}"] = scale
-        loss = loss + weighted
+        loss = loss + weight * value
     return loss, metrics

@@ -175,7 +175,12 @@ def source_for(model: Operator, data: Any, keys: Mapping[str, str] | None = None
         data = model.for_training(dict(data))
     per_cell = {key for key, hint in model.requires.items() if "cells" in axes(hint)}
     places = {"counts": "X", **keys} if keys is not None else None
-    source = as_source(data, cell_keys=per_cell, constant_keys=set(model.requires) - per_cell, mapping=places)
+    whole = set(model.requires) - per_cell
+    source = as_source(data, cell_keys=per_cell, constant_keys=whole, mapping=places)
+    prepared = type(model).for_training is not Operator.for_training
+    if not isinstance(data, Mapping) and model.graph_of_cells and prepared:
+        # neighbours are those among all cells, not among a minibatch
+        source = as_source(model.for_training(gathered(source, None)), cell_keys=per_cell, constant_keys=whole)
     if source is not data and "counts" in source.keys:  # a Source was made by someone who has checked
         counts = source.matrices["counts"] if isinstance(source, FileSource) else source.cells["counts"]  # type: ignore[attr-defined]
         with warnings.catch_warnings():  # cleaned counts need not be whole; empty genes and cells are no harm here

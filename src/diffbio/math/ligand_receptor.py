@@ -1,5 +1,6 @@
 """Ligands of one group of cells and receptors of another: means, complexes, scores, what is expected by chance."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ def group_means(
     return (assignments.T @ values) / jnp.where(size > 0, size, 1.0)[:, None]
 
 
+@functools.partial(jax.jit, static_argnames="temperature")
 def gene_statistics(
     values: Float[Array, "cells genes"], assignments: Float[Array, "cells groups"], *, temperature: float
 ) -> GeneStatistics:
@@ -83,6 +85,7 @@ def gene_statistics(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("expr_prop", "temperature"))
 def side_of(
     genes: GeneStatistics, columns: Int[Array, "pairs subunits"], *, expr_prop: float, temperature: float
 ) -> Side:
@@ -125,6 +128,7 @@ def lowest(
     return jax.nn.one_hot(first, values.shape[-1], dtype=values.dtype)
 
 
+@functools.cache  # one function for the same settings, so that what is compiled for it is found again
 def score_of(metric: str, *, kh: float, hill_n: float) -> Score:
     """The score of a ligand's and a receptor's mean.
 
@@ -159,6 +163,7 @@ def between(score: Score, ligand: Array, receptor: Array) -> Float[Array, "pairs
     return score(ligand.T[:, :, None], receptor.T[:, None, :])
 
 
+@functools.partial(jax.jit, static_argnames="score")
 def permutation_pvalues(
     values: Float[Array, "cells genes"],
     assignments: Float[Array, "cells groups"],
@@ -206,6 +211,7 @@ def permutation_pvalues(
     return total.astype(observed.dtype) / n
 
 
+@functools.partial(jax.jit, static_argnames="score")
 def analytic_pvalues(
     values: Float[Array, "cells genes"],
     assignments: Float[Array, "cells groups"],
@@ -258,6 +264,7 @@ def analytic_pvalues(
     return jax.scipy.stats.norm.sf(z)
 
 
+@functools.partial(jax.jit, static_argnames=("temperature", "product_twice"))
 def consensus(
     ligand: Side,
     receptor: Side,
@@ -309,3 +316,28 @@ def consensus(
 
     # written so that small ranks keep their digits
     return Ranks(*((1.0 - gate) + gate * aggregate(scores) for scores in (magnitude, specificity)))
+
+
+@functools.partial(jax.jit, static_argnames="number")
+def drawn_permutations(
+    values: Float[Array, "cells genes"], assignments: Float[Array, "cells groups"], key: Array, *, number: int
+) -> Int[Array, "permutations cells"]:
+    """Permutations that pair cells with memberships, both sorted along random directions.
+
+    They are as good as any, and the same whatever order the cells come in.
+
+    Args:
+        values: of the cells.
+        assignments: of the cells.
+        key: random.
+        number: of permutations.
+    """
+    kinds = jax.random.split(key, 3)
+    by_values, by_groups = (
+        jnp.argsort(x @ jax.random.normal(kind, (x.shape[1],), x.dtype))
+        for x, kind in zip((values, assignments), kinds, strict=False)
+    )
+    shuffled = jax.lax.map(
+        lambda k: jax.random.permutation(k, len(values)), jax.random.split(kinds[2], number), batch_size=16
+    )
+    return jnp.zeros_like(shuffled).at[:, by_values].set(by_groups[shuffled])

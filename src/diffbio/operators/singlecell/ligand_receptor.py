@@ -16,6 +16,7 @@ from ...math.ligand_receptor import (
     analytic_pvalues,
     between,
     consensus,
+    drawn_permutations,
     gene_statistics,
     observed_scores,
     permutation_pvalues,
@@ -185,16 +186,8 @@ class DifferentiableLigandReceptor(Operator):
         return found, permutation_pvalues(values, memberships, orders, left, right, scores[1])
 
     def _drawn(self, counts: Array, groups: Array) -> Array:
-        """Permutations that pair cells with memberships, both sorted along random directions: any order will do."""
         key = jax.random.key(self.permutation_seed[...])
-        kinds = jax.random.split(key, 3)
-        by_counts, by_groups = (
-            jnp.argsort(x @ jax.random.normal(kind, (x.shape[1],), x.dtype))
-            for x, kind in zip((counts, groups), kinds, strict=False)
-        )
-        keys = jax.random.split(kinds[2], self.config.n_permutations)
-        shuffled = jax.lax.map(lambda k: jax.random.permutation(k, len(counts)), keys, batch_size=16)
-        return jnp.zeros_like(shuffled).at[:, by_counts].set(by_groups[shuffled])
+        return drawn_permutations(counts, groups, key, number=self.config.n_permutations)
 
     def _fixed_axes(self) -> dict[str, int]:
         return {"permutations": self.config.n_permutations}

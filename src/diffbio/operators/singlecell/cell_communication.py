@@ -108,6 +108,7 @@ class DifferentiableCellCommunication(Operator):
     """
 
     config: CellCommunicationConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"spatial_graph"})
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 300, "batch_size": 4096, "learning_rate": 1e-2, "validation": 0.0, "patience": None,

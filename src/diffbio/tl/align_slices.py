@@ -132,10 +132,10 @@ def _slices(
     adata: "AnnData", batch_key: str, spatial_key: str, layer: str | None
 ) -> tuple[list[str], list[np.ndarray], list[Slice]]:
     """Names, row numbers, and shared genes with places, of each slice."""
-    codes, names = slots.batches(adata, batch_key)
-    if len(names) < 2:
-        msg = f"{WHO}: obs[{batch_key!r}] holds {len(names)} slice; an alignment needs at least two."
+    if batch_key in adata.obs and (count := adata.obs[batch_key].nunique()) < 2:
+        msg = f"{WHO}: obs[{batch_key!r}] holds {count} slice; an alignment needs at least two."
         raise DataError(msg)
+    codes, names = slots.batches(adata, batch_key)
     if spatial_key not in adata.obsm:
         msg = f"{WHO}: obsm has no {spatial_key!r}; it has {', '.join(map(str, adata.obsm)) or 'nothing'}. "
         msg += "Name the coordinates with spatial_key=."

@@ -120,7 +120,9 @@ def log_evidence(sample: Sample) -> Float[Array, " models"]:
 
 
 def pattern_logits(evidence: Float[Array, " models"], zeros_gain: Float[Array, ""]) -> Float[Array, " patterns"]:
-    """Log evidence of each of `PATTERNS` over that of no difference.
+    """Log evidence of each of `PATTERNS` over that of no difference, whether or not zeros differ beside.
+
+    DZ is no difference but of zeros, so that a gene with another mean and other zeros is DE, as in scDD.
 
     evidence: of `MODELS`, on values that are not 0.
     zeros_gain: of other shares of zeros over the same, penalty taken off.
@@ -130,7 +132,8 @@ def pattern_logits(evidence: Float[Array, " models"], zeros_gain: Float[Array, "
         jax.nn.logsumexp(jnp.stack([evidence[i] for i, name in enumerate(of) if name == pattern]))
         for pattern in ("", *PATTERNS[:-1])
     ]
-    return jnp.stack([*(x - each[0] for x in each[1:]), zeros_gain])
+    either = jnp.logaddexp(zeros_gain, 0.0)
+    return jnp.stack([*(x - each[0] + either for x in each[1:]), zeros_gain])
 
 
 @jax.jit

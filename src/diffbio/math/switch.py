@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from .batched_newton import Loss, minimize, with_implicit_gradient
 
 STRENGTH_UNIT = 10.0  # parameters of order 1 for Newton's method
-GRID_STRENGTHS = (1.0, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)  # and their negatives
+GRID_STRENGTHS = (0.3, 1.0, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0)  # and their negatives
 GRID_TIMES = 24
 N_STEPS = 40
 
@@ -122,6 +122,20 @@ def starts(limits: Limits) -> np.ndarray:
     return np.asarray([[(sign * k / STRENGTH_UNIT, t) for k in strengths for t in places] for sign in (1, -1)])
 
 
+def straight(gene: GeneSums, nodes: Nodes, limits: Limits) -> Float[Array, "2 1 2"]:
+    """Rising and falling switches of the slope of a straight line.
+
+    Where the mean is far above the noise no point of the grid is flat enough: the best of them are those that do not
+    change at all, and from these no step leads away.
+    """
+    n = nodes.cells.sum()
+    off = nodes.times - (nodes.cells * nodes.times).sum() / n
+    slope = (gene.deviation * off).sum() / (nodes.cells * off**2).sum()
+    level = jnp.maximum(jnp.abs(gene.mean), 1e-6 * jnp.sqrt(gene.scatter / n))
+    k = jnp.clip(2 * jnp.abs(slope) / level, 1e-6, min(2.0, limits.strength)) / STRENGTH_UNIT
+    return jnp.stack([jnp.stack([sign * k, jnp.full_like(k, 0.5)]) for sign in (1.0, -1.0)])[:, None]
+
+
 def search(loss: Loss, points: Array, data: Any, *, lower: Array, upper: Array) -> tuple[Array, Array]:
     """Local minima (kinds, p) by Newton's method from the best point of each kind, and the losses there; no gradient.
 
@@ -144,6 +158,7 @@ def find_switch(gene: GeneSums, nodes: Nodes, limits: Limits) -> Float[Array, " 
     """(k / 10, t0) of the maximum likelihood of one gene; no gradient."""
     lower, upper = box(limits, nodes.times.dtype)
     points = jnp.asarray(starts(limits), lower.dtype)
+    points = jnp.concatenate([points, straight(gene, nodes, limits)], axis=1)
     found, loss = search(log_residual, points, (gene, nodes), lower=lower, upper=upper)
     return found[jnp.argmin(loss)]
 

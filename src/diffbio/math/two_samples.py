@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 FREQUENCIES = 40  # of the kernel's Fourier series: exact to 1e-6 for values over 27 standard deviations
 LEAST = 1e-12
+MOST = 80.0  # exponents of a p-value; beyond, float32 has none
 
 
 class Coupling(NamedTuple):
@@ -160,5 +161,5 @@ def permutation_share(
     top = jax.lax.top_k(null.T, count)[0]
     edge = top[:, -1]
     excess = jnp.maximum((top - edge[:, None]).mean(axis=1), LEAST)
-    beyond = count / (n + 1.0) * jnp.exp(-(statistics - edge) / excess)
+    beyond = count / (n + 1.0) * jnp.exp(-jnp.minimum((statistics - edge) / excess, MOST))
     return jnp.where((statistics > edge) & (share < count / (n + 1.0)), jnp.minimum(beyond, share), share)

@@ -13,7 +13,7 @@ from ...errors import DataError
 from ...math.ranking import benjamini_hochberg
 from ...math.switch import STRENGTH_UNIT, Limits, log_largest
 from ...math.switch_fit import Fit, fit_normal, fit_zero_inflated
-from ...math.switch_null import chi2_pvalues, levels_of, permutation_pvalues
+from ...math.switch_null import chi2_pvalues, levels_of, permutation_log_pvalues
 from ..base import Config, Data, Operator, checked_counts, checked_finite, nonnegative, positive, setting
 
 WHO = "DifferentiableSwitchDE"
@@ -140,8 +140,8 @@ class DifferentiableSwitchDE(Operator):
             return chi2_pvalues(ratios)
         levels = levels_of(counts.mean(axis=0), counts.var(axis=0))
         null_levels = jnp.tile(levels, n_permutations)
-        found = permutation_pvalues(ratios, levels, fit.null_ratios.ravel(), null_levels)
-        return jnp.where(ratios > 0, found, 1.0)
+        found = permutation_log_pvalues(ratios, levels, fit.null_ratios.ravel(), null_levels)
+        return jnp.where(ratios > 0, jnp.exp(found), 1.0)
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableSwitchDE", Data]]:

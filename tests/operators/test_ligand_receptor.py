@@ -18,7 +18,8 @@ def operator(**settings):
 
 @pytest.fixture(scope="module")
 def data():
-    return DifferentiableLigandReceptor.examples()["hard"][1]
+    soft = DifferentiableLigandReceptor.examples()["soft"][1]
+    return soft | {"cluster_assignments": jax.nn.one_hot(jnp.arange(17) % 3, 3)}
 
 
 def test_pairs_of_single_genes_may_be_two_columns(data):

@@ -309,10 +309,13 @@ def consensus(
     )
 
     def aggregate(scores: tuple[Array, ...]) -> Array:
-        ranks = [weighted_ranks(s.ravel(), gate.ravel(), temperature) for s in scores]
+        def ranked(values: Array) -> Array:
+            return weighted_ranks(values, gate.ravel(), temperature)
+
+        ranks = jax.vmap(ranked)(jnp.stack([s.ravel() for s in scores]))
         if product_twice and scores is magnitude:
-            ranks[1] = weighted_ranks(ranks[1], gate.ravel(), temperature)
-        return robust_rank_aggregate(jnp.stack(ranks, axis=1), gate.ravel()).reshape(gate.shape)
+            ranks = ranks.at[1].set(ranked(ranks[1]))
+        return robust_rank_aggregate(ranks.T, gate.ravel()).reshape(gate.shape)
 
     # written so that small ranks keep their digits
     return Ranks(*((1.0 - gate) + gate * aggregate(scores) for scores in (magnitude, specificity)))

@@ -215,7 +215,7 @@ class DifferentiableLigandReceptor(Operator):
 
     @classmethod
     def examples(cls) -> dict[str, tuple["DifferentiableLigandReceptor", Data]]:
-        """Soft groups and complexes with soft choices; and the published hard choices."""
+        """Soft groups and complexes with soft choices; the hard ones are their limit."""
         keys = jax.random.split(jax.random.key(2), 4)
         labels = jnp.arange(17) % 3
         level = jax.random.uniform(keys[0], (3, 7), minval=0.2, maxval=2.0)
@@ -228,6 +228,5 @@ class DifferentiableLigandReceptor(Operator):
             return cls(LRScoringConfig(n_permutations=6, **settings), rngs=nnx.Rngs(0))
 
         data = {"counts": counts, "lr_pairs": pairs, "cluster_assignments": soft}
-        hard = data | {"cluster_assignments": jax.nn.one_hot(labels, 3)}
         hill: dict[str, Any] = {"metric": "hill", "temperature": 0.3, "expr_prop": 0.5, "kh": 0.4, "hill_n": 1.5}
-        return {"soft": (op(**hill), data), "hard": (op(), hard)}
+        return {"soft": (op(**hill), data)}

@@ -46,5 +46,6 @@ from .phate import phate as phate
 from .pseudotime import pseudotime as pseudotime
 from .quality import quality as quality
 from .simulation import simulation as simulation
+from .spatial_domains import spatial_domains as spatial_domains
 from .switch_de import switch_de as switch_de
 from .velocity import velocity as velocity

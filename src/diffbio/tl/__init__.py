@@ -18,6 +18,7 @@ from .pipeline import pipeline as pipeline
 from .project import project as project
 from .pseudotime import pseudotime as pseudotime
 from .simulate import simulate as simulate
+from .spatial_domains import spatial_domains as spatial_domains
 from .switch_de import switch_de as switch_de
 from .vae import vae as vae
 from .velocity import velocity as velocity

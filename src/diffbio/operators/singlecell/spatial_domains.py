@@ -107,13 +107,15 @@ class DifferentiableSpatialDomain(Operator):
     neighbourhoods. Two rounds of averaging over the nearest spots follow, the first with equal weights, the second
     with attention:
 
-        s_i = (1 - alpha) x_i + alpha mean_j x_j,      h_i = (1 - alpha) s_i + alpha sum_j a_ij V s_j,     z_i = E h_i.
+        s_i = (1 - alpha) x_i + alpha mean_j x_j,      h_i = (1 - alpha) s_i + alpha sum_j a_ij V s_j,     z_i = Eᵀ h_i.
 
-    The scores of the attention read s_i, s_j and the distance. `fit` trains it to reconstruct each spot from its
-    neighbours, |x_i - Eᵀ E sum_j a_ij V s_j - offset of the slice|²: the attention says which neighbours tell most of
-    a spot. Both start where z is the principal components of plain averages. Differences to STAGATE: the first linear
-    layer is the principal axes and stays, decoder weights are tied but there is no attention in the decoder, a spot
-    does not reconstruct itself from itself, and several slices each keep to their own neighbours.
+    The scores of the attention read s_i, s_j and the distance. The objective is to reconstruct each spot from its
+    neighbours alone, |x_i - E Eᵀ sum_j a_ij V s_j - offset of the slice|²: the attention learns which neighbours tell
+    most of a spot. At the start it is almost uniform, V is the identity and E picks the first `n_latent` axes, so that
+    z is the principal components of plain averages. `fit` holds E and V there and trains the attention (a training
+    loop of your own may train them too). Differences to STAGATE: the linear layers are principal axes, the decoder is
+    tied and has no attention, a spot does not reconstruct itself from itself, and several slices are taken together,
+    each with its own neighbours, means and variances.
 
     Domains are a mixture of Gaussians in z, one covariance for all, found by EM after training (`finish_from`;
     `init_from` finds those of the start). Assignments are mean-field memberships of a Potts model on the attention:
@@ -126,7 +128,10 @@ class DifferentiableSpatialDomain(Operator):
     """
 
     config: SpatialDomainConfig
+    graph_of_cells = True
     cell_numbers: ClassVar[frozenset[str]] = frozenset({"neighbor_indices"})
+    # principal axes; trained along, they follow each spot's cell type rather than its region
+    held_in_fit = ("attention/sender", "encoder")
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 50, "batch_size": 256, "learning_rate": 1e-3, "validation": 0.0,
     }  # fmt: skip

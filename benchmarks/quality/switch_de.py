@@ -5,9 +5,9 @@
 
 - synthetic: `switchde_mle.csv` (peers/scripts/p12_misc.py and p14_more.py, stored), the maximum-likelihood values of
   12 genes of 100 cells shipped with the R package, by scipy's L-BFGS-B from six starts. R itself was not run.
-- null: 500 genes of one normal law each, 100 and 300 cells, mean over standard deviation 0.3 and 3, and 40 cells at 10; KS test of
-  p-values against uniform, and the share below 0.05; beside, the R package's chi-squared (2) on the same ratios. The
-  reference is that of 4 permutations of the same genes.
+- null: 500 genes of one normal law each, 100 and 300 cells, mean over standard deviation 0.3 and 3, and 40 cells at 10;
+  KS test of p-values against uniform, and the share below 0.05; beside, the R package's chi-squared (2) on the same
+  ratios. The reference is that of 4 permutations of the same genes.
 - dropout null: values 2 + N(1, 1) lost with probability exp(-0.15 x^2), both models.
 - mesc: `mesc_lif_withdrawal_timecourse`, pseudotime = day; genes at q < 0.05, and with days permuted.
 """

@@ -39,7 +39,7 @@ class Model(NamedTuple):
     pattern: str  # "" is the model of no difference
     matrix: np.ndarray  # (8, 5)
     offset: np.ndarray  # (8,)
-    count: int  # of free parameters
+    n_free: int
 
 
 def _model(pattern: str, means: str, spread: str, proportions: str) -> Model:
@@ -115,7 +115,7 @@ def log_evidence(sample: Sample) -> Float[Array, " models"]:
     free = jax.lax.stop_gradient(jax.vmap(best)(matrices, offsets))
     loss = jax.vmap(lambda f, m, o: mixture_loss(f, (sample, m, o)))(free, matrices, offsets)
     n = sample.weights.sum()
-    penalty = 0.5 * jnp.asarray([model.count for model in MODELS], n.dtype) * jnp.log(jnp.maximum(n, 2.0))
+    penalty = 0.5 * jnp.asarray([model.n_free for model in MODELS], n.dtype) * jnp.log(jnp.maximum(n, 2.0))
     return -n * loss - penalty
 
 

@@ -33,6 +33,7 @@ def differential_distribution(adata: "AnnData", *, genes: Sequence[str] | None =
         MissingKeyError: there are no results yet, or no such gene.
     """
     import matplotlib.pyplot as plt
+    import pandas as pd
 
     who, key = "pl.differential_distribution", DIFFERENTIAL_DISTRIBUTION
     if key not in adata.uns:
@@ -50,7 +51,7 @@ def differential_distribution(adata: "AnnData", *, genes: Sequence[str] | None =
     column = np.asarray(column_of(adata, str(record["groupby"])).astype(str))
     layer = str(record["layer"])
     normalized = shifted_log(counts(adata, None if layer == "X" else layer))
-    columns = [int(adata.var_names.get_loc(name)) for name in genes]
+    columns = adata.var_names.get_indexer_for(pd.Index(genes))
     parts = []
     for name in names:
         part = normalized[np.flatnonzero(column == name)][:, columns]

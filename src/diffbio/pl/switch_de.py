@@ -36,6 +36,7 @@ def switch_de(
         MissingKeyError: there are no results yet, or no such gene or pseudotime.
     """
     import matplotlib.pyplot as plt
+    import pandas as pd
 
     if SWITCH_DE not in adata.uns:
         msg = f"pl.switch_de: uns has no {SWITCH_DE!r}; call tl.switch_de(adata) first"
@@ -55,7 +56,7 @@ def switch_de(
     drawn = np.sort(np.random.default_rng(0).choice(finite, min(MOST_POINTS, len(finite)), replace=False))
     layer = record.get("layer")
     chosen = shifted_log(counts(adata, None if layer in (None, "none") else str(layer)))
-    columns = [int(adata.var_names.get_loc(name)) for name in genes]
+    columns = adata.var_names.get_indexer_for(pd.Index(genes))
     part = chosen[drawn][:, columns]
     expression = np.asarray(part.toarray() if hasattr(part, "toarray") else part)
     across = min(len(genes), MOST_COLUMNS)

@@ -73,8 +73,8 @@ def differential_distribution(
     chosen = labels >= 0
     counts = slots.counts(adata, layer)
     totals = library_sizes(counts)
-    expression = shifted_log(counts)[chosen]
-    expression = sparse.csc_array(expression) if sparse.issparse(expression) else expression
+    expression: Any = shifted_log(counts)[chosen]
+    expression = expression if isinstance(expression, np.ndarray) else sparse.csc_array(expression)
     labels, totals = labels[chosen], totals[chosen]
     data: dict[str, Any] = {"condition_labels": jnp.asarray(labels, jnp.int32)}
     if adjust_library_size:
@@ -91,8 +91,8 @@ def differential_distribution(
     for start in range(0, adata.n_vars, size):
         genes = np.arange(start, start + size) % adata.n_vars  # the last chunk is filled up from the start
         kept = min(size, adata.n_vars - start)
-        values = expression[:, genes]
-        dense = np.asarray(values.toarray() if sparse.issparse(values) else values, np.float32)
+        values: Any = expression[:, genes]
+        dense = np.asarray(values if isinstance(values, np.ndarray) else values.toarray(), np.float32)
         found = run(state, data | {"counts": jnp.asarray(dense)})
         names = ("p_values", "zero_p_values", "statistics", "pattern_labels")
         parts.append({name: np.asarray(found[name])[:kept] for name in names})

@@ -110,7 +110,7 @@ class Fitter:
             numbers, corners = (np.asarray(x) for x in node_weights(jnp.asarray(times, jnp.float32), config.n_nodes))
             ends = (corners.ravel().astype(float), numbers.ravel(), np.arange(0, 4 * n_cells + 1, 4))
             self.weights = sparse.csr_array(ends, shape=(n_cells, config.n_nodes))
-        self.cells = np.asarray(self.weights.sum(axis=0)).ravel()
+        self.cells: np.ndarray = np.asarray(self.weights.sum(axis=0)).ravel()
         self.nodes = Nodes(jnp.asarray(places, jnp.float32), jnp.asarray(self.cells, jnp.float32))
         self.mean = np.asarray(expression.mean(axis=0)).ravel().astype(float)
         square = np.asarray(expression.multiply(expression).sum(axis=0)).ravel()

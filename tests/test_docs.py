@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from branching_cells import branching_cells
+from tissue_cells import tissue_cells
 from toy_cells import toy_cells
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +148,7 @@ def chain_page():
 
 
 PRELUDES = {
+    "space_networks_expression.md": lambda: {"adata": tissue_cells()},
     "trained_as_one.md": chain_page,
     "trajectories.md": trajectories_page,
     "batches_maps_groups.md": batches_page,

@@ -167,9 +167,10 @@ class _Run:
         self.check_balance(terms)
         self.run(chain, self.source, chosen, label, self.together(stage, terms, chosen), held=True)
         for name in learning:
-            chain[name].mark_fitted()
-            if hasattr(chain[name], "finish_from"):
-                chain[name].finish_from(positions_of(chain[name], self.source_of(name)))
+            part = chain[name]
+            part.mark_fitted()
+            if hasattr(part, "finish_from"):
+                part.finish_from(positions_of(part, self.source_of(name)))
         later = chain.names[min(chain.names.index(name) for name in learning) :]
         self.start([name for name in later if not hasattr(chain[name], "objective")], again=True)
 

@@ -12,8 +12,9 @@
   share of true edges (EPR).
 - GENIE3 and GRNBoost2: importances stored in the folder named in DIFFBIO_REFERENCES, else `../shared/peers/ref`
   (arboreto core, log1p), scored here by the same function.
-- ours: `tl.grn`, on both with its defaults but `normalize=False`: means over 3 seeds of attention and combined (range of AUPRC), one of the
-  others. The network's settings were chosen on six generated networks of the two kinds (made for that, not stored);
+- ours: `tl.grn`, on both with its defaults but `normalize=False`: means over 3 seeds of attention and combined (with
+  the range of AUPRC), one seed of the others.
+  The attention's settings were chosen on six generated networks of the two kinds (made for that, not stored);
   that it reads ranks, and the small width of a tie, was settled after the truth of these two had been seen as well.
   No setting differs between them.
 """

@@ -135,3 +135,12 @@ def test_refusals(change, said):
     data, _ = planted(n_cells=6)
     with pytest.raises(DataError, match=said):
         operator().apply(data | change)
+
+
+def test_drawn_genes_have_the_evidence_they_have_among_all():
+    data, _ = planted(n_cells=60)
+    op, drawn = operator(), jnp.array([7, 1, 4])  # gene 1 is a regulator
+    few, every = (op._evidence(data["counts"], TFS, None, which) for which in (drawn, None))
+    for name in ("correlation", "effect", "possible"):
+        np.testing.assert_allclose(getattr(few, name), np.asarray(getattr(every, name))[:, drawn], atol=1e-6)
+    np.testing.assert_allclose(few.among, every.among, atol=1e-6)

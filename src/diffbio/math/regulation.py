@@ -32,7 +32,9 @@ def standard_ranks(x: Float[Array, "cells genes"], width: float) -> Float[Array,
         x: expression.
         width: values closer than this share their places smoothly; in standard deviations of the gene.
     """
-    ranks = jax.lax.map(lambda gene: soft_rank(gene, width), standardized(x).T, batch_size=GENES_AT_ONCE)
+    genes, rank = standardized(x).T, functools.partial(soft_rank, width=width)
+    many = len(genes) > GENES_AT_ONCE
+    ranks = jax.lax.map(rank, genes, batch_size=GENES_AT_ONCE) if many else jax.vmap(rank)(genes)
     return standardized(-ranks.T)
 
 
@@ -75,13 +77,17 @@ def partial_effects(
 
 @jax.jit
 def unexplained(
-    weights: Float[Array, "tfs genes"], correlation: Float[Array, "tfs genes"], regulators: Int[Array, " tfs"]
+    weights: Float[Array, "tfs genes"], correlation: Float[Array, "tfs genes"], among: Float[Array, "tfs tfs"]
 ) -> Float[Array, " genes"]:
     """Mean squared error, over cells, of sum_i w_ig z_i as a reconstruction of z_g: 1 - 2 w.r + w' R w.
 
     The sums over cells are in the correlations, so that this costs tfs² genes for any number of cells.
+
+    Args:
+        weights: of the regulators in each gene.
+        correlation: of regulators with genes.
+        among: of regulators with each other.
     """
-    among = correlation[:, regulators]
     return 1.0 - 2.0 * (weights * correlation).sum(axis=0) + (weights * (among @ weights)).sum(axis=0)
 
 

@@ -42,6 +42,7 @@ class GRNInferenceConfig(Config):
     rank_width: values closer than this share their ranks smoothly, in standard deviations of the gene; as it goes to 0
         correlations are Spearman's.
     normalize: scales the counts of every cell to the median total. False for expression without differences in depth.
+    targets_per_step: genes, drawn anew, that a step of training reconstructs where there are more.
     edge_offsets: each edge has a score of its own beside what the layer makes of the evidence. They are learned for
         these cells; a network without them can be carried over to other cells.
     """
@@ -55,6 +56,7 @@ class GRNInferenceConfig(Config):
     ridge: float = positive(0.1)
     rank_width: float = positive(0.001)
     normalize: bool = True
+    targets_per_step: int = positive(512)
     edge_offsets: bool = True
 
 
@@ -72,7 +74,8 @@ class Network(TypedDict):
 class Evidence(NamedTuple):
     """What the cells say, before the attention."""
 
-    z: Float[Array, "cells genes"]
+    z: Float[Array, "cells genes"]  # of the regulators and the drawn genes where some were drawn
+    among: Float[Array, "tfs tfs"]
     correlation: Float[Array, "tfs genes"]
     effect: Float[Array, "tfs genes"]
     possible: Bool[Array, "tfs genes"]
@@ -107,6 +110,7 @@ class DifferentiableGRN(Operator):
         self.offsets = nnx.data(None)
         if config.edge_offsets:
             self.offsets = nnx.Param(jnp.zeros((config.num_heads, config.n_tfs, config.n_genes)))
+        self.rngs = rngs.fork()
         self.fitted = False
 
     def __call__(
@@ -132,59 +136,78 @@ class DifferentiableGRN(Operator):
             "grn_matrix": weights,
             "grn_attention": attention,
             "grn_sign": sign,
-            "explained_variance": 1.0 - self._errors(heads, found, tf_indices).mean(axis=0),
+            "explained_variance": 1.0 - self._errors(heads, found).mean(axis=0),
             "tf_activity": regulator_activity(found.z, weights * sign),
             "varying_genes": varying(counts).astype(jnp.int32),
         }
 
     def objective(self, data: Data) -> tuple[Array, dict[str, Array]]:
-        """Mean over heads and genes of the share of variance left, and of the price of the attention."""
+        """Mean over heads and genes of the share of variance left, and of the price of the attention.
+
+        In train mode over `targets_per_step` genes drawn at random; what is expected is the same.
+        """
         inputs = self._inputs(data)
-        prior = inputs.get("prior_network")
-        found = self._evidence(inputs["counts"], inputs["tf_indices"], prior)
-        heads = self._heads(found, prior)
-        error, spent = self._errors(heads, found, inputs["tf_indices"]).mean(), heads.sum(axis=1).mean(axis=1)
+        prior, drawn = inputs.get("prior_network"), None
+        if self.training and self.config.targets_per_step < self.config.n_genes:
+            drawn = jax.random.permutation(self.rngs.targets(), self.config.n_genes)[: self.config.targets_per_step]
+        found = self._evidence(inputs["counts"], inputs["tf_indices"], prior, drawn)
+        heads = self._heads(found, prior, drawn)
+        error, spent = self._errors(heads, found).mean(), heads.sum(axis=1).mean(axis=1)
         n_heads = self.config.num_heads
         prices = self.config.sparsity_lambda * 2.0 * jnp.arange(1, n_heads + 1) / (n_heads + 1)
         metrics = {"unexplained": error, "attention_on_regulators": spent.mean()}
         return error + (prices * spent).mean(), metrics
 
-    def _evidence(self, counts: Array, regulators: Array, prior: Array | None) -> Evidence:
-        who = type(self).__name__
+    def _evidence(self, counts: Array, regulators: Array, prior: Array | None, drawn: Array | None = None) -> Evidence:
+        """Ranks and what they say of all genes, or of those drawn."""
+        who, n_tfs = type(self).__name__, len(regulators)
         checked_counts(who, counts, fix="pass counts or other expression that is not negative")
         self._check_regulators(counts, regulators)
         if prior is not None:
             checked_counts(who, prior, key="prior_network", fix="pass odds")
         expression = size_normalized(counts) if self.config.normalize else counts
-        z = standard_ranks(expression, self.config.rank_width)
-        correlation = correlations(z, regulators)
-        effect = partial_effects(correlation, regulators, self.config.ridge)
         varies = varying(counts)
         possible = not_itself(regulators, counts.shape[1]) & varies & varies[regulators][:, None]
         if prior is not None:
             possible &= prior > 0
-        return Evidence(z, jnp.where(not_itself(regulators, counts.shape[1]), correlation, 0.0), effect, possible)
+        places, picked = regulators, jnp.arange(counts.shape[1])
+        if drawn is not None:  # ranks are needed of these and of the regulators only
+            expression = expression[:, jnp.concatenate([regulators, drawn])]
+            same = regulators[:, None] == drawn
+            places = jnp.arange(n_tfs)
+            # a regulator that was drawn stands twice: it is explained by the others, as in its first place
+            picked = jnp.where(same.any(axis=0), same.argmax(axis=0), n_tfs + jnp.arange(len(drawn)))
+            possible = possible[:, drawn]
+        z = standard_ranks(expression, self.config.rank_width)
+        correlation = correlations(z, places)
+        effect = partial_effects(correlation, places, self.config.ridge)
+        others = jnp.where(not_itself(places, correlation.shape[1]), correlation, 0.0)
+        return Evidence(z, correlation[:, places], others[:, picked], effect[:, picked], possible)
 
-    def _heads(self, found: Evidence, prior: Array | None) -> Float[Array, "heads tfs genes"]:
+    def _heads(
+        self, found: Evidence, prior: Array | None, drawn: Array | None = None
+    ) -> Float[Array, "heads tfs genes"]:
         """Attention of each head."""
         config = self.config
         signed = jnp.stack([found.correlation, found.effect], axis=-1)
-        evidence = jnp.concatenate([signed, jnp.abs(signed)], axis=-1)
         size = jnp.abs(signed)
         offset = jnp.zeros((config.num_heads, *found.possible.shape), signed.dtype)
         if self.offsets is not None:
-            offset = offset + self.offsets[...]
+            offset = offset + (self.offsets[...] if drawn is None else self.offsets[...][:, :, drawn])
         if prior is not None:
-            offset = offset + jnp.log(jnp.where(prior > 0, prior, 1.0))
+            odds = prior if drawn is None else prior[:, drawn]
+            offset = offset + jnp.log(jnp.where(odds > 0, odds, 1.0))
+        evidence = jnp.concatenate([signed, size], axis=-1)
         return self.attention(
             size.mean(axis=1), size.mean(axis=0), evidence, offset, found.possible, config.sparsity_temperature
         )
 
-    def _errors(self, heads: Array, found: Evidence, regulators: Array) -> Float[Array, "heads genes"]:
+    def _errors(self, heads: Array, found: Evidence) -> Float[Array, "heads genes"]:
         sign = jnp.tanh(SIGN_SCALE * found.effect)
-        correlation = correlations(found.z, regulators)
         gains = jnp.exp(self.log_gain[...])
-        return jax.vmap(lambda gain, head: unexplained(gain * head * sign, correlation, regulators))(gains, heads)
+        return jax.vmap(lambda gain, head: unexplained(gain * head * sign, found.correlation, found.among))(
+            gains, heads
+        )
 
     def _check_regulators(self, counts: Array, regulators: Array) -> None:
         if isinstance(regulators, jax.core.Tracer):
@@ -219,7 +242,9 @@ class DifferentiableGRN(Operator):
         prior = 0.5 + jax.random.uniform(keys[2], (2, 5))
 
         def op(**settings: Any) -> DifferentiableGRN:
-            config = GRNInferenceConfig(n_tfs=2, n_genes=5, hidden_dim=3, rank_width=0.5, **settings)
+            config = GRNInferenceConfig(
+                n_tfs=2, n_genes=5, hidden_dim=3, rank_width=0.5, targets_per_step=3, **settings
+            )
             return cls(config, rngs=nnx.Rngs(0))
 
         return {

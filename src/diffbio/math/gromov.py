@@ -28,7 +28,7 @@ from .ot import PRECISION, ott, solve_marginals
 START = 1.0  # epsilon of the first round
 MOST_ROUNDS = 400
 SETTLED = {"float64": 1e-13, "float32": 1e-6}  # mass that moves in a round (L1), below which the plan stands
-PATIENCE = 8  # rounds in which less and less mass must move: else rounding is all that moves it
+PATIENCE = 10  # rounds without a new least of that mass: rounding is then all that moves it
 ROUGH = 1e-3  # mass off its marginal, where Newton's method takes over
 BALANCED = {"float64": 1e-14, "float32": 1e-6}  # mass off its marginal, below which Newton's method ends
 NEWTON_STEPS = 12
@@ -150,7 +150,7 @@ def _solved(problem: FusedProblem, settings: FusedSettings, masses: Masses) -> F
         ratio = before / epsilon
         found, f, g, error = _balanced(wanted / epsilon, log_a, log_b, f * ratio, g * ratio)
         moved = jnp.abs(found - plan).sum()
-        less = (moved < 0.9 * least) | (k < settings.rounds)
+        less = (moved < least) | (k < settings.rounds)
         stale = jnp.where(less, 0, stale + 1)
         return k + 1, found, wanted, f, g, epsilon, error, moved, jnp.where(less, moved, least), stale
 

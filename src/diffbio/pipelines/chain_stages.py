@@ -22,6 +22,7 @@ from ..operators.all_cells import AllCells
 from ..operators.base import Operator, axes, is_float
 from ..train import Sampler, Schedule, Settings, batch_of, dense_on_device, train
 from .inference import in_memory, joined, map_chunks
+from .stages import PerCell
 from .terms import Own
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ class _Run:
         if numbered:
             return AllCells(n_cells)
         if paired and wanted is None:
-            return Cut(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
+            return PerCell(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
         if wanted is None and on_graph:
             wanted = "all" if n_cells <= chosen.batch_size else "neighborhoods"
         if wanted == "all":
@@ -360,18 +361,6 @@ class Neighborhoods:
             if ahead:
                 turns = itertools.chain(ahead, turns)
         return np.array(patches)
-
-
-class Cut:
-    """A sampler cut to about one pass over the cells."""
-
-    def __init__(self, sampler: Sampler, n_cells: int) -> None:
-        self.sampler, self.n_cells = sampler, n_cells
-
-    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """Row numbers (steps, batch_size)."""
-        size = max(4, min(batch_size, self.n_cells) // 2 * 2)
-        return self.sampler.order(rng, size)[: max(1, self.n_cells // size)]
 
 
 def all_but(held: Sequence[str], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -90,7 +90,7 @@ class DifferentiablePASTEAlignment(Operator):
     motion by the derivative of the polar factor. It is that of the minimum found: which of several that is, a spot's
     nearest neighbour in "spacing", and the largest distance in "max" are choices outside of it. As epsilon goes to 0
     the plan becomes piecewise constant: its gradient is then 0 nearly everywhere, and the system that gives it is
-    badly conditioned below 0.001.
+    badly conditioned below 0.05 (errors to some 1e-2 there).
 
     The plan is dense: at most 25 million pairs of spots, with a time of n m (n + m) a round. For more,
     `tl.align_slices` works through landmarks (see `math.slice_coupling`). There are no weights.

@@ -13,9 +13,10 @@ Rows are ARI and NMI to the annotation, means of three seeds; the number of doma
 - k-means: on 30 components of 2,000 variable genes, averaged twice over 15 neighbours: what the data's README measured.
 
 What was chosen where: number of components (10), shrinkage (0.3), epochs (50), and that training leaves the linear
-layers, were chosen by looking at these same sets, the same for all of them: they are no test of those choices. Data: dlpfc without spots that have no layer; her2 is H1, of which undetermined spots are read
-but not scored, 2,000 variable genes; starmap's slices one at a time, and together ("both"); in osmfish 476 cells share
-their place with another, all are moved by up to 0.05.
+layers, were chosen by looking at these same sets, the same for all of them: they are no test of those choices.
+Data: dlpfc without spots that have no layer; her2 is H1, of which undetermined spots are read but not scored, 2,000
+variable genes; starmap's slices one at a time, and together ("both"); in osmfish 476 cells share their place with
+another, all are moved by up to 0.05.
 """
 
 from __future__ import annotations

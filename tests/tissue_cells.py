@@ -1,4 +1,4 @@
-"""Two slices of a layered tissue: coordinates, layers, types, conditions, an order, ligands with receptors, regulators."""
+"""Two slices of a layered tissue: coordinates, layers, types, conditions, an order, ligands, regulators."""
 
 import anndata
 import numpy as np

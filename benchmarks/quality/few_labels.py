@@ -2,12 +2,12 @@
 
     uv run python -m benchmarks.quality.few_labels
 
-Counts -> VAE normaliser -> soft k-means with one centroid per type, whose memberships are the predicted types. Both arms
-have these parameters, data, batches and epochs. "frozen": the VAE learns from all training cells by its own objective for
-the whole budget, then the centroids alone learn the labels. "joint": the VAE learns alone for half of the budget, then
-VAE and centroids together by its objective and the cross entropy of the labelled cells. Half of the cells are never
-seen in training; balanced accuracy (mean recall of the types) is theirs. "PCA + kNN" and "PCA + logistic" see the same
-labelled cells in 30 principal components of the training cells.
+Counts -> VAE normaliser -> soft k-means with one centroid per type, whose memberships are the predicted types. Both
+arms have these parameters, data, batches and epochs. "frozen": the VAE learns from all training cells by its own
+objective for the whole budget, then the centroids alone learn the labels. "joint": the VAE learns alone for half of
+the budget, then VAE and centroids together by its objective and the cross entropy of the labelled cells. Half of the
+cells are never seen in training; balanced accuracy (mean recall of the types) is theirs. "PCA + kNN" and "PCA +
+logistic" see the same labelled cells in 30 principal components of the training cells.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ def trained(data: dict[str, Any], seen: np.ndarray, labelled: np.ndarray, seed: 
     how = {"batch_size": 128, "validation": 0.0}
     diffbio.fit(chain, table, seed=seed, stages=[Stage(parts="vae", max_epochs=first, **how)], progress=False)
     start_from_labels(chain, data, labelled)
-    rest = {"frozen": [Stage(parts="types", terms="labels", max_epochs=EPOCHS // 2, learning_rate=1e-2, **how)],
-            "joint": [Stage(terms=("vae", "labels"), max_epochs=EPOCHS // 2, learning_rate=1e-3, **how)]}[arm]  # fmt: skip
-    diffbio.fit(chain, table, seed=seed, stages=rest, progress=False)
+    if arm == "frozen":
+        rest = Stage(parts="types", terms="labels", max_epochs=EPOCHS // 2, learning_rate=1e-2, **how)
+    else:
+        rest = Stage(terms=("vae", "labels"), max_epochs=EPOCHS // 2, learning_rate=1e-3, **how)
+    diffbio.fit(chain, table, seed=seed, stages=[rest], progress=False)
     return chain
 
 
@@ -142,7 +144,8 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"balanced accuracy on unseen cells, {PER_TYPE} labels per type; mean (lowest to highest) over seeds")
-    print(f"{'data':<28} {'PCA + kNN':>22} {'PCA + logistic':>22} {'frozen':>22} {'joint':>22} {'joint - frozen, paired':>24}")
+    columns = ("PCA + kNN", "PCA + logistic", "frozen", "joint", "joint - frozen, paired")
+    print(f"{'data':<28}" + "".join(f" {column:>22}" for column in columns))
     for name in asked.files:
         data = load(name)
         rows = []
@@ -154,13 +157,15 @@ def main() -> None:
                 chain = trained(data, seen, labelled, seed, arm)
                 groups = chain["types"].apply({"embeddings": jnp.asarray(embedded(chain, data, unseen))})[0]
                 row.append(accuracy(data["types"][unseen], np.asarray(groups["cluster_assignments"]).argmax(axis=1)))
-                print(f"  {name} seed {seed} {arm}: {row[-1]:.3f}, {time.process_time() - start:.0f} CPU-s", file=sys.stderr)
+                seconds = time.process_time() - start
+                print(f"  {name} seed {seed} {arm}: {row[-1]:.3f}, {seconds:.0f} CPU-s", file=sys.stderr)
             rows.append(row)
         found = np.array(rows)
         gain = found[:, 3] - found[:, 2]
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else float("nan")
         cells = [f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})" for v in found.T]
-        print(f"{name.removesuffix('.h5ad'):<28}" + "".join(f" {c:>22}" for c in cells) + f" {gain.mean():>+12.3f} +- {error:.3f}")
+        told = "".join(f" {c:>22}" for c in cells) + f" {gain.mean():>+12.3f} +- {error:.3f}"
+        print(f"{name.removesuffix('.h5ad'):<28}{told}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from .droplets import call_cells as call_cells
 from .fate import driver_genes as driver_genes
 from .fate import fate as fate
 from .gene_trends import gene_trends as gene_trends
-from .grn import grn as grn
 from .gradients import gradients as gradients
+from .grn import grn as grn
 from .impute import impute as impute
 from .ligand_receptor import ligand_receptor as ligand_receptor
 from .ot_trajectory import ot_trajectory as ot_trajectory

@@ -17,7 +17,8 @@ class RegulatorAttention(nnx.Module):
     """Attention of every gene over its regulators and a background, which says that none of them explains it.
 
     One `GraphAttention` layer with an edge from every regulator and from the background to every gene. Edges carry
-    evidence. The background counts as much as all regulators together where the layer prefers none.
+    evidence. The background starts as one node among all: if it began with a large share, the price of attention would
+    move the rest there before the layer has learned to read the evidence.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, *, rngs: nnx.Rngs) -> None:
@@ -75,8 +76,9 @@ class RegulatorAttention(nnx.Module):
         sending = jnp.concatenate([of_regulators, jnp.zeros((1, of_regulators.shape[1]), of_regulators.dtype)])
         features = jnp.zeros((n_genes, nodes, EVIDENCE + 1), evidence.dtype)
         features = features.at[:, :n_tfs, :EVIDENCE].set(evidence).at[:, n_tfs, EVIDENCE].set(1.0)
-        more = jnp.full((n_genes, nodes, self.num_heads), jnp.log(float(n_tfs)), evidence.dtype)
-        more = more.at[:, :n_tfs].set(jnp.swapaxes(offset, 1, 2))
+        more = jnp.concatenate(
+            [jnp.swapaxes(offset, 1, 2), jnp.zeros((n_genes, 1, self.num_heads), offset.dtype)], axis=1
+        )
         valid = jnp.concatenate([possible, jnp.ones((n_genes, 1), bool)], axis=1).ravel()
         senders = jnp.tile(jnp.arange(nodes), n_genes)
         receivers = jnp.repeat(jnp.arange(n_genes), nodes)

@@ -87,8 +87,8 @@ class DifferentiableGRN(Operator):
     Every gene attends to the regulators and to a background by GATv2 (Brody et al. 2022) on the bipartite graph; a
     gene never attends to itself. Edges carry Spearman's correlation and the partial effect given all other
     regulators, with their sizes; nodes carry the means of these sizes. Each head reconstructs the standardised ranks of
-    a gene by rho_h sum_i a_ig sign_ig z_i, and pays for attention that is not on the background: with a bounded sum,
-    this is the constrained form of the lasso, and the mean of the heads is one over a path of sparsity. Expectations
+    a gene by rho_h sum_i a_ig sign_ig z_i, and pays for attention that is not on the background, each head at its own
+    price: as with the path of a lasso, their mean ranks edges by how dear they may become before they go. Expectations
     over cells are exact sums, not samples. `grn_matrix` is the attention over the root of the gene's total
     (`math.regulation.balanced`). Untrained, attention follows random weights; `diffbio.fit(op, data)` trains it.
 

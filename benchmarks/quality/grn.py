@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from benchmarks.quality.integration_data import REPO, data_dir
+from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 SEEDS = (0, 1, 2)
@@ -98,12 +99,15 @@ def network(truth: Truth, method: str, *, normalize: bool, seed: int) -> tuple[n
     return weights, float((signs[true] == truth.signs[true]).mean())
 
 
-def pearson(truth: Truth) -> np.ndarray:
-    """|correlation| of log1p expression, as the peers' script has it."""
+def correlations(truth: Truth) -> dict[str, np.ndarray]:
+    """Sizes of correlations: of log1p counts as in the peers' script, of the values as they are, of their ranks."""
     layer = truth.adata.layers.get("spliced", truth.adata.X)
     x = np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, float)
     counts = "spliced" in truth.adata.layers
-    return np.abs(np.corrcoef((np.log1p(x) if counts else x).T))
+    seen = {"|Pearson|": np.log1p(x) if counts else x, "|Spearman|": rankdata(x, axis=0)}
+    if counts:
+        seen["|Pearson| without log"] = x
+    return {label: np.abs(np.corrcoef(values.T)) for label, values in seen.items()}
 
 
 def quality() -> Iterator[tuple[str, ...]]:
@@ -111,7 +115,8 @@ def quality() -> Iterator[tuple[str, ...]]:
     references = Path(os.environ.get("DIFFBIO_REFERENCES", REPO.parent / "shared" / "peers" / "ref"))
     for name, stem in SETS.items():
         truth = loaded(name)
-        yield (name, "baseline: |Pearson|", *formatted(scores(pearson(truth), truth)), "-", "-", "-")
+        for label, weights in correlations(truth).items():
+            yield (name, f"baseline: {label}", *formatted(scores(weights, truth)), "-", "-", "-")
         for kind, peer in (("GBM", "GRNBoost2 (stored)"), ("RF", "GENIE3 (stored)")):
             path = references / f"grn_{stem}_{kind}.npz"
             if path.is_file():

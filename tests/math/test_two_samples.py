@@ -7,7 +7,7 @@ from scipy import stats
 
 from diffbio.math.ranking import benjamini_hochberg
 from diffbio.math.two_sample_weights import overlap_weights, zeros_ratio
-from diffbio.math.two_samples import mmd, null_mmd, null_wasserstein, permutation_share, wasserstein
+from diffbio.math.two_samples import least_share, mmd, null_mmd, null_wasserstein, permutation_share, wasserstein
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat([0, 1], [9, 14])
@@ -86,3 +86,18 @@ def test_weights_balance_library_sizes_and_the_test_of_zeros_is_a_logistic_regre
         found[1], stats.chi2_contingency(table, correction=False, lambda_="log-likelihood")[0], rtol=1e-2
     )
     assert found[0] < 7
+
+
+def test_few_cells_with_a_gene_set_a_floor_to_its_p_values():
+    """Eight of 300 cells have the gene: whatever falls on one side by chance does so in 1 of 128 draws."""
+    rng = np.random.default_rng(0)
+    values = np.zeros((300, 40), np.float32)
+    for gene in range(40):
+        values[rng.choice(300, 8, replace=False), gene] = rng.uniform(1, 2, 8)
+    np.testing.assert_allclose(least_share(jnp.asarray(values)), 2.0**-7)
+    null = rng.exponential(size=(1000, 40)).astype(np.float32)
+    observed = jnp.full(40, 30.0)
+    floored = permutation_share(observed, jnp.asarray(null), tail=True, least=jnp.full(40, 1e-4))
+    np.testing.assert_allclose(floored, 1e-4)
+    free = permutation_share(observed, jnp.asarray(null), tail=True)
+    assert (np.asarray(free) < 1e-8).all()

@@ -145,12 +145,19 @@ def null_mmd(
 
 
 def permutation_share(
-    statistics: Float[Array, " genes"], null: Float[Array, "permutations genes"], *, tail: bool
+    statistics: Float[Array, " genes"],
+    null: Float[Array, "permutations genes"],
+    *,
+    tail: bool,
+    least: Float[Array, " genes"] | float = 0.0,
 ) -> Float[Array, " genes"]:
     """P-values: the share of null statistics at least as large, the observed one counted among them.
 
-    tail: beyond the largest fortieth of the null (ten at least) an exponential goes on, with their mean excess: a
-        weighted sum of chi-squares, which these statistics are in large samples, falls so.
+    tail: where a statistic is larger than all of the null, the tail of the null is continued by an exponential with the
+        mean excess over its largest fortieth (ten at least): a weighted sum of chi-squares, which these statistics are
+        in large samples, falls so.
+    least: the smallest p-value that there can be: a gene that few cells have takes few values under permutation, and
+        no tail goes on beyond them.
     """
     n = len(null)
     slack = 1e-5 * jnp.abs(statistics)  # the same arrangement may be summed in another order
@@ -162,4 +169,10 @@ def permutation_share(
     edge = top[:, -1]
     excess = jnp.maximum((top - edge[:, None]).mean(axis=1), LEAST)
     beyond = count / (n + 1.0) * jnp.exp(-jnp.minimum((statistics - edge) / excess, MOST))
-    return jnp.where((statistics > edge) & (share < count / (n + 1.0)), jnp.minimum(beyond, share), share)
+    largest = statistics - slack > top[:, 0]
+    return jnp.where(largest, jnp.clip(beyond, jnp.minimum(least, share), share), share)
+
+
+def least_share(values: Float[Array, "cells genes"]) -> Float[Array, " genes"]:
+    """2^(1 - m) of a gene that m cells have above its lowest value: the chance that all of them fall to one side."""
+    return 0.5 ** ((values > values.min(axis=0)).sum(axis=0) - 1.0)

@@ -13,7 +13,7 @@ from ...errors import DataError, MissingKeyError
 from ...math.distribution_patterns import evidence_and_patterns
 from ...math.ranking import benjamini_hochberg
 from ...math.two_sample_weights import overlap_weights, zeros_ratio
-from ...math.two_samples import mmd, null_mmd, null_wasserstein, permutation_share, wasserstein
+from ...math.two_samples import least_share, mmd, null_mmd, null_wasserstein, permutation_share, wasserstein
 from ..base import Config, Data, Operator, checked_finite, one_of, positive, setting
 
 WHO = "DifferentiableDifferentialDistribution"
@@ -147,7 +147,7 @@ class DifferentiableDifferentialDistribution(Operator):
         orders = jax.vmap(lambda key: jax.random.permutation(key, n))(keys)
         null = null_wasserstein if config.statistic == "wasserstein" else null_mmd
         found = null(values, first[dealt], second[dealt], orders)
-        return permutation_share(statistics, found, tail=config.tail)
+        return permutation_share(statistics, found, tail=config.tail, least=least_share(values))
 
     def _patterns(self, counts: Array, seen: Array, first: Array, second: Array, zeros: Array) -> Array:
         n_cells = first.sum() + second.sum()

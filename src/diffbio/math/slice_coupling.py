@@ -71,7 +71,8 @@ def couple_slices(first: Slice, second: Slice, settings: CouplingSettings | None
     """Couples two slices; see `DifferentiablePASTEAlignment` for the objective."""
     settings = settings or CouplingSettings()
     units = distance_units(first.coords, second.coords, settings.scaling)
-    if first.counts.shape[0] * second.counts.shape[0] <= settings.most_dense:
+    # distances within either slice are arrays of pairs, too
+    if max(first.counts.shape[0], second.counts.shape[0]) ** 2 <= settings.most_dense:
         masses = tuple(np.full(len(v.coords), 1 / len(v.coords)) for v in (first, second))
         plan, objective, error, moved, _ = _solved(first, second, masses, units, settings)
         kept = _kept(sparse.csr_matrix(plan), plan.sum(axis=1))

@@ -35,7 +35,8 @@ def permutation_log_pvalues(
     order = jnp.argsort(null_levels)
     null_levels, null_ratios = null_levels[order], null_ratios[order]
     middle = jnp.searchsorted(null_levels, levels)
-    first = jnp.clip(middle - width // 2, 0, len(null_ratios) - width)
+    varying = jnp.isfinite(null_levels).sum()  # genes that do not vary stand last, and are nobody's null
+    first = jnp.clip(middle - width // 2, 0, jnp.maximum(varying - width, 0))
 
     def pvalue(ratio: Array, first: Array) -> Array:
         near = jnp.sort(jax.lax.dynamic_slice(null_ratios, (first,), (width,)))
@@ -52,6 +53,6 @@ def permutation_log_pvalues(
 
 
 def levels_of(mean: Float[Array, " genes"], variance: Float[Array, " genes"]) -> Float[Array, " genes"]:
-    """Mean over standard deviation, by which genes are compared; 0 where nothing varies."""
+    """Mean over standard deviation, by which genes are compared; infinite where nothing varies."""
     varies = variance > 0
-    return jnp.where(varies, mean / jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
+    return jnp.where(varies, mean / jnp.sqrt(jnp.where(varies, variance, 1.0)), jnp.inf)

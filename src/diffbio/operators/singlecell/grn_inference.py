@@ -26,6 +26,8 @@ from ...math.velocity_moments import size_normalized
 from ...nn.regulator_attention import RegulatorAttention
 from ..base import Config, Data, Operator, checked_counts, nonnegative, positive
 
+FEWEST = 3  # cells
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRNInferenceConfig(Config):
@@ -224,7 +226,10 @@ class DifferentiableGRN(Operator):
         if isinstance(counts, jax.core.Tracer):
             return
         own = np.asarray(counts)[:, rows]  # numpy: jit traces constants too
-        if len(own) > 1 and not (own != own[:1]).any():
+        if len(own) < FEWEST:
+            msg = f"{who}: data['counts'] has {len(own)} cells; {FEWEST} at least are needed to see what goes together."
+            raise DataError(msg)
+        if not (own != own[:1]).any():
             msg = f"{who}: no regulator has two different values in data['counts'], so that none can explain a gene; "
             msg += "pass other regulators or more cells."
             raise DataError(msg)

@@ -22,7 +22,7 @@ from ...math.spatial import (
     standardized_by_slice,
 )
 from ...nn.graph_attention import GraphAttention
-from ..base import Config, Data, Operator, checked_counts, nonnegative, positive, setting
+from ..base import Config, Data, Operator, checked_counts, checked_finite, nonnegative, positive, setting
 
 WHO = "DifferentiableSpatialDomain"
 RARE, FEWEST = 0.003, 3  # share and number of the spots that a gene is seen in at least
@@ -95,7 +95,7 @@ class Encoded(NamedTuple):
     """What the network makes of them."""
 
     embedding: Float[Array, "cells latent"]
-    from_neighbors: Float[Array, "cells latent"]  # the part that knows nothing of the spot's own expression
+    from_neighbors: Float[Array, "cells latent"]  # the part through them, who hold alpha / k of the spot
     attention: Float[Array, "cells neighbors"]
 
 
@@ -181,6 +181,7 @@ class DifferentiableSpatialDomain(Operator):
         if neighbor_indices is None:
             check_places(WHO, spatial_coords, config.n_neighbors, batch_labels)
             neighbor_indices = slice_neighbors(spatial_coords, config.n_neighbors, batch_labels)
+        checked_finite(WHO, spatial_coords, key="spatial_coords")
         around = self._surroundings(
             counts, spatial_coords, batch_labels, library_size, neighbor_indices, neighborhoods, neighbor_gaps
         )

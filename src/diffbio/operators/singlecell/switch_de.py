@@ -174,7 +174,8 @@ def check_times(who: str, pseudotime: Array) -> None:
         raise DataError(msg)
     checked_finite(who, pseudotime, key="pseudotime")
     if not isinstance(pseudotime, jax.core.Tracer) and np.ptp(np.asarray(pseudotime)) == 0:
-        msg = f"{who}: data['pseudotime'] is {float(pseudotime[0]):g} in every cell; there is no course to fit."
+        value = float(np.asarray(pseudotime)[0])
+        msg = f"{who}: data['pseudotime'] is {value:g} in every cell; there is no course to fit."
         raise DataError(msg)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from .. import pl
 from ..errors import DataError, MissingKeyError, OutputError
 from ..scratch import remove, scratch_beside
+from ..slots import DIFFERENTIAL_DISTRIBUTION, SWITCH_DE
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,7 +44,7 @@ def figures_of(adata: "AnnData") -> "dict[str, Figure]":
         drawn["ambient"] = pl.ambient(adata)
     if pl.CELL_TYPE in adata.obs and adata.n_obs:
         drawn |= _annotation(adata)
-    figures = {name: ax.figure for name, ax in drawn.items()} | _steps(adata) | _trajectory(adata)
+    figures = {name: ax.figure for name, ax in drawn.items()} | _steps(adata) | _trajectory(adata) | _tissue(adata)
     if stages := pl.stages_of(adata):
         figures["training"] = _training(adata, stages)
     return figures
@@ -164,6 +165,31 @@ def _trajectory(adata: "AnnData") -> "dict[str, Figure]":
         "velocity": lambda: pl.velocity(adata, color=groups),
         "ot_trajectory": lambda: pl.ot_trajectory(adata),
     }
+    return _drawn(adata, draw)
+
+
+def _tissue(adata: "AnnData") -> "dict[str, Figure]":
+    """Figures of space, networks, communication and differential expression."""
+    draw: dict[str, Callable[[], Any]] = {
+        "spatial_domains": lambda: pl.spatial_domains(adata),
+        "aligned_slices": lambda: pl.align_slices(adata),
+        "grn": lambda: pl.grn(adata),
+        "ligand_receptor": lambda: pl.ligand_receptor(adata),
+        "communication": lambda: pl.communication(adata),
+    }
+    # these draw counts, which a file on disk keeps to itself
+    if SWITCH_DE in adata.uns:
+        draw["switch_de"] = lambda: pl.switch_de(_in_memory(adata))
+    if DIFFERENTIAL_DISTRIBUTION in adata.uns:
+        draw["differential_distribution"] = lambda: pl.differential_distribution(_in_memory(adata))
+    return _drawn(adata, draw)
+
+
+def _in_memory(adata: "AnnData") -> "AnnData":
+    return adata.to_memory() if adata.isbacked else adata
+
+
+def _drawn(adata: "AnnData", draw: "dict[str, Callable[[], Any]]") -> "dict[str, Figure]":
     drawn: dict[str, Figure] = {}
     for name, figure in draw.items() if adata.n_obs else ():
         with suppress(MissingKeyError, DataError):  # that was not asked for, or there is nothing to draw

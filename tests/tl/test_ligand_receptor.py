@@ -126,3 +126,12 @@ def test_means_are_liana_s(data_dir):
     assert len(both) == len(stored)
     np.testing.assert_allclose(both["mean"], both["lr_means"], atol=1e-5)
     assert len(ours) == 4174  # all rows of LIANA's table
+
+
+def test_one_group_is_refused():
+    adata = few_cells()
+    adata.obs["all"] = pd.Categorical(["everything"] * adata.n_obs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="has one group, 'everything'"):
+            tl.ligand_receptor(adata, "all", PAIRS)

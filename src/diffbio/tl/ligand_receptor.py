@@ -61,11 +61,14 @@ def ligand_receptor(
     Raises:
         ConfigError: a setting is out of range, or the `liana` package is asked for and not installed.
         MissingKeyError: no such column.
-        DataError: values that are no counts, no pair with genes in the data, or a group of too few cells.
+        DataError: values that are no counts, no pair with genes in the data, a single group, or one of too few cells.
     """
     matrix = slots.counts(adata, layer)
     config = LRScoringConfig(expr_prop=expr_prop, n_permutations=n_permutations, min_cells=min_cells)
     names, groups = memberships(adata, groupby, WHO)
+    if len(names) < 2:
+        msg = f"{WHO}: {groupby!r} has one group, {names[0]!r}; two at least are compared. Name another column"
+        raise DataError(msg)
     sizes = dict(zip(names, groups.sum(axis=0), strict=True))
     small = {name: size for name, size in sizes.items() if size < min_cells - 1e-3}
     if small:

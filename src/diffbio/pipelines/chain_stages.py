@@ -26,7 +26,8 @@ from .stages import PerCell
 from .terms import Own
 
 if TYPE_CHECKING:
-    from .chain import Chain, Wire
+    from .chain import Chain
+    from .joining import Wire
 
 # A part is started from at most this many cells (a random choice), and parts on a graph of all cells see so many.
 REFERENCE_CELLS = 50_000

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..fitting import source_for
 from ..operators.base import Operator, axes, mode_of
 from ..train import batch_of, dense_on_device, split
-from .chain import Chain, Part, Wire
+from .chain import Chain
+from .joining import Part, Wire
 from .single_cell import SingleCellPipeline
 from .terms import Own, Term, balanced
 

@@ -158,7 +158,7 @@ class Chain(Operator):
         for wire in self.wires:
             part = self[wire.name]
             outputs, state, said = part.apply(_read(wire, part, result), state, None)
-            result |= {key: outputs[own] for own, key in wire.writes if own in outputs}
+            result |= wire.written(outputs)
             marked = set((said or {}).get("unfitted", ()))
             unfitted += tuple(key for own, key in wire.writes if own in marked)
         if unfitted:
@@ -193,7 +193,7 @@ class Chain(Operator):
                 values[own[wire.name].name] = part.objective(read, **keywords)[0]  # type: ignore[attr-defined]
             if number < last or any(isinstance(term, Term) for term in asked):
                 outputs = part.apply(read)[0]
-                result |= {key: outputs[own_key] for own_key, key in wire.writes if own_key in outputs}
+                result |= wire.written(outputs)
         for term in asked:
             if isinstance(term, Term):
                 values[term.name] = term.of(result)
@@ -319,7 +319,7 @@ def _read(wire: Wire, part: Operator, result: Data) -> Data:
     if missing:
         msg = f"Chain: part {wire.name!r} needs data[{missing[0]!r}]; there is {', '.join(sorted(result))}."
         raise MissingKeyError(msg)
-    return {own: result[key] for own, key in wire.reads if result.get(key) is not None}
+    return wire.read(result)
 
 
 def _part(said: Mapping[str, Any]) -> Part:

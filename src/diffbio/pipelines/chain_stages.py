@@ -309,8 +309,8 @@ def through(chain: "Chain", wires: Sequence["Wire"], data: Mapping[str, Any]) ->
     """`data` and what these parts give."""
     result = dict(data)
     for wire in wires:
-        outputs = chain[wire.name].apply({own: result[key] for own, key in wire.reads if key in result})[0]
-        result |= {key: outputs[own] for own, key in wire.writes if own in outputs}
+        outputs = chain[wire.name].apply(wire.read(result))[0]
+        result |= wire.written(outputs)
     return result
 
 

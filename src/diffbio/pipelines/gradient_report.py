@@ -150,7 +150,7 @@ def _loss(chain: Chain, data: Tree, added: Tree, look: Any = None) -> jax.Array:
     outputs: Tree = {}
     for wire in chain.wires:
         part = chain[wire.name]
-        read = {own_key: result[key] for own_key, key in wire.reads if result.get(key) is not None}
+        read = wire.read(result)
         read = _sum(read, added.get("in", {}).get(wire.name, {}))
         if wire.name in own:
             values[own[wire.name]] = part.objective(read)[0]  # type: ignore[attr-defined]
@@ -159,7 +159,7 @@ def _loss(chain: Chain, data: Tree, added: Tree, look: Any = None) -> jax.Array:
         if look is not None:
             look(wire, {k: read[k] for k in part.smooth_in if k in read}, _smooth_out(part, outputs))
         outputs = _sum(outputs, added.get("out", {}).get(wire.name, {}))
-        result |= {key: outputs[own_key] for own_key, key in wire.writes if own_key in outputs}
+        result |= wire.written(outputs)
     if not chain.terms:
         return jnp.asarray(sum((v**2).mean() for v in _smooth_out(chain[chain.names[-1]], outputs).values()))
     values |= {term.name: term.of(result) for term in chain.terms if isinstance(term, Term)}
@@ -186,7 +186,7 @@ def probed_by_part(chain: Chain, data: Tree, key: jax.Array, n_probes: int) -> d
     found = {}
     for number, wire in enumerate(chain.wires):
         part = chain[wire.name]
-        read = {own: result[key] for own, key in wire.reads if result.get(key) is not None}
+        read = wire.read(result)
         given = part.apply(read)[0]
         smooth = values["in"][wire.name]
 
@@ -199,7 +199,7 @@ def probed_by_part(chain: Chain, data: Tree, key: jax.Array, n_probes: int) -> d
         random = jax.random.normal(jax.random.fold_in(key, number), (flat.size, min(n_probes, flat.size)), flat.dtype)
         directions = jnp.linalg.qr(random)[0].T
         found[wire.name] = jax.lax.map(lambda d, back=back: back(d)[0], directions)
-        result |= {key: given[own] for own, key in wire.writes if own in given}
+        result |= wire.written(given)
     return found
 
 

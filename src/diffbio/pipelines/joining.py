@@ -54,6 +54,14 @@ class Wire(NamedTuple):
     writes: tuple[tuple[str, str], ...]
     frozen: bool
 
+    def read(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What the part reads of the chain's results, by its own names."""
+        return {own: result[key] for own, key in self.reads if result.get(key) is not None}
+
+    def written(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the part gave, by the chain's names."""
+        return {key: outputs[own] for own, key in self.writes if own in outputs}
+
 
 def snake(name: str) -> str:
     """`DifferentiableUMAP` as "umap", `VAENormalizer` as "vae_normalizer"."""

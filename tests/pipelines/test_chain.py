@@ -124,6 +124,41 @@ def test_a_loss_at_any_point_trains_what_comes_before_it():
         toy_and_groups(terms=[Term("order", jnp.mean, reads="day")]).objective(data)
 
 
+LEARNED = (("toy", "weights"), ("groups", "centroids"))
+
+
+def test_a_local_objective_leaves_the_parts_before_alone():
+    first = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_GENES), rngs=nnx.Rngs(1))
+    second = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    joined = Part(second, "second", reads={"counts": "latent"}, writes={"latent": "z"})
+    data = {"counts": jnp.asarray(cells()["counts"])}
+    found = {}
+    for local in (False, True):
+        chain = Chain([Part(first, "first"), joined], terms=[Own("second", local=local)])
+        graph, params, rest = nnx.split(chain, nnx.Param, ...)
+        loss = jax.grad(lambda p, g=graph, r=rest: nnx.merge(g, p, r, copy=True).objective(data)[0])
+        found[local] = {k: np.abs(v["weights"][...]).max() for k, v in loss(params)["parts"].items()}
+    assert found[False]["first"] > 0
+    assert found[True]["first"] == 0
+    assert found[False]["second"] == found[True]["second"] > 0
+
+
+def test_a_stage_with_a_learning_rate_for_each_part():
+    chain = toy_and_groups(terms=[Own("toy"), Own("groups")])
+    diffbio.fit(chain, cells(), stages=[Stage(parts="toy", max_epochs=1), Stage(parts="groups")], progress=False)
+    before = {name: np.asarray(nnx.to_pure_dict(nnx.state(chain[name], nnx.Param))[key]) for name, key in LEARNED}
+    rates = {"toy": 1e-9, "groups": 1e-2}
+    how = {"max_epochs": 1, "batch_size": 1000}  # one step: Adam's first is the rate itself
+    diffbio.fit(chain, cells(), stages=[Stage(learning_rate=rates, **how)], progress=False)
+    after = {name: np.asarray(nnx.to_pure_dict(nnx.state(chain[name], nnx.Param))[key]) for name, key in LEARNED}
+    assert np.abs(after["toy"] - before["toy"]).max() < 1e-7
+    np.testing.assert_allclose(np.abs(after["groups"] - before["groups"]).max(), 1e-2, rtol=1e-3)
+    with pytest.raises(ConfigError, match=r"learning_rate of 'toy' must be > 0"):
+        diffbio.fit(chain, cells(), stages=[Stage(learning_rate={"toy": 0.0})], progress=False)
+    with pytest.raises(ConfigError, match="there is no part 'toi'"):
+        diffbio.fit(chain, cells(), stages=[Stage(learning_rate={"toi": 1.0})], progress=False)
+
+
 def test_learned_balance_weighs_a_term_by_the_inverse_of_its_size():
     terms = [
         Term("large", lambda r: 10.0 + 0 * r["latent"].sum()),

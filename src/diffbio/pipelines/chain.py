@@ -93,7 +93,8 @@ class Chain(Operator):
     def config(self) -> str:  # type: ignore[override]
         """The parts with their settings, and the terms: a text, as checkpoints compare it."""
         parts = {wire.name: str(self[wire.name].config) for wire in self.wires}
-        terms = [f"{term.name} x {term.weight:g}" for term in self.terms]
+        local = {term.name: " local" for term in self.terms if isinstance(term, Own) and term.local}
+        terms = [f"{term.name} x {term.weight:g}{local.get(term.name, '')}" for term in self.terms]
         wires = [list(wire[:3]) for wire in self.wires]  # what is frozen may change between runs
         return json.dumps({"parts": parts, "terms": terms, "balance": self.balance, "wires": wires})
 
@@ -190,7 +191,8 @@ class Chain(Operator):
             if wire.name in own:
                 start = f"{wire.name}."
                 keywords = {k.removeprefix(start): v for k, v in scheduled.items() if k.startswith(start)}
-                values[own[wire.name].name] = part.objective(read, **keywords)[0]  # type: ignore[attr-defined]
+                known = jax.lax.stop_gradient(read) if own[wire.name].local else read
+                values[own[wire.name].name] = part.objective(known, **keywords)[0]  # type: ignore[attr-defined]
             if number < last or any(isinstance(term, Term) for term in asked):
                 outputs = part.apply(read)[0]
                 result |= wire.written(outputs)
@@ -253,7 +255,10 @@ class Chain(Operator):
             }
             for wire, op in ((wire, self[wire.name]) for wire in self.wires)
         ]  # fmt: skip
-        terms = [[term.name, term.weight, term.part if isinstance(term, Own) else None] for term in self.terms]
+        terms = [
+            [term.name, term.weight, *((term.part, term.local) if isinstance(term, Own) else (None, False))]
+            for term in self.terms
+        ]
         header = {
             "operator": "Chain", "parts": parts, "inputs": list(self.inputs), "balance": self.balance, "terms": terms,
             "fitted": [part.fitted for part in operators_in(self)],
@@ -277,14 +282,17 @@ class Chain(Operator):
             raise ModelFileError(msg)
         try:
             parts = [_part(said) for said in header["parts"]]
-            saved = [(str(name), float(weight), part) for name, weight, part in header["terms"]]
-            own = [Own(part, weight=weight, name=name) for name, weight, part in saved if part is not None]
+            saved = [(str(name), float(weight), part, bool(local)) for name, weight, part, local in header["terms"]]
+            own = [
+                Own(part, weight=weight, name=name, local=local)
+                for name, weight, part, local in saved if part is not None
+            ]  # fmt: skip
             balance, inputs = str(header["balance"]), list(header["inputs"])
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             msg = f"load: {path} does not describe a Chain: {error}"
             raise ModelFileError(msg) from error
         chain = cls(parts, terms=own if terms is None else terms, inputs=inputs, balance=balance)
-        if [term.name for term in chain.terms] != [name for name, _, _ in saved]:
+        if [term.name for term in chain.terms] != [name for name, *_ in saved]:
             arrays.pop("log_variances", None)  # a balance of other terms says nothing
             if chain.log_variances is not None:
                 arrays["log_variances"] = to_numpy(chain.log_variances)

@@ -43,7 +43,8 @@ class Stage:
     parts: names of those that learn; () is all that are not frozen.
     terms: names of the losses; None: for a single part its own objective, else all of the chain's.
     max_epochs, batch_size, learning_rate, validation, patience: as of `diffbio.fit`; None is what the part prefers,
-        and for several parts `chain_stages.JOINT`.
+        and for several parts `chain_stages.JOINT`. learning_rate may be a dict by the parts' names, for three numbers
+        of one part want larger steps than ten thousand weights of another; parts not in it have the rate of `JOINT`.
     minibatches: which cells come together. "random"; "neighborhoods", patches of neighbouring cells in what the first
         part on a graph reads: there a part on a graph sees each cell's neighbours, and cuts the graph at the rim of the
         patch; "all", one batch of all cells: exact, with memory for all of them. None: "all" up to batch_size cells;
@@ -55,7 +56,7 @@ class Stage:
     terms: tuple[str, ...] | None = None
     max_epochs: int | None = None
     batch_size: int | None = None
-    learning_rate: float | None = None
+    learning_rate: float | Mapping[str, float] | None = None
     validation: float | None = None
     patience: int | None = None
     minibatches: str | None = None
@@ -125,6 +126,11 @@ def check_stages(chain: "Chain", stages: Sequence[Stage]) -> None:
             if name in chain.frozen:
                 msg = f"fit: stage {stage.name!r} is to train {name!r}, which is frozen."
                 raise ConfigError(msg)
+        for name, rate in rates_of(stage).items():
+            chain[name]
+            if not rate > 0:
+                msg = f"fit: stage {stage.name!r}: learning_rate of {name!r} must be > 0, got {rate!r}."
+                raise ConfigError(msg)
         for name in stage.terms or ():
             if name not in known:
                 msg = f"fit: stage {stage.name!r} names the loss {name!r}; the chain has {', '.join(known) or 'none'}."
@@ -167,7 +173,8 @@ class _Run:
             raise ConfigError(msg)
         chosen = self.settings_of(stage, JOINT)
         self.check_balance(terms)
-        self.run(chain, self.source, chosen, label, self.together(stage, terms, chosen), held=True)
+        together = self.together(stage, terms, chosen)
+        self.run(chain, self.source, chosen, label, together, held=True, rates=rates_of(stage))
         for name in learning:
             part = chain[name]
             part.mark_fitted()
@@ -239,7 +246,7 @@ class _Run:
         prepared = type(part).for_training is not Operator.for_training
         source = self.source if streamed and not prepared else self.source_of(name)
         sampler = part.sampler(gathered(source, None)) if hasattr(part, "sampler") else None
-        self.run(part, source, self.settings_of(stage, part.fit_defaults), label, sampler, held=False)
+        self.run(part, source, self.settings_of(stage, part.fit_defaults, name), label, sampler, held=False)
         if hasattr(part, "finish_from"):
             part.finish_from(positions_of(part, source))
 
@@ -251,18 +258,24 @@ class _Run:
         whole = {key: value for key, value in data.items() if key in part.requires and key not in per_cell}
         return ArraySource({key: data[key] for key in per_cell}, whole)
 
-    def settings_of(self, stage: Stage, preferred: Mapping[str, Any]) -> Settings:
-        """Of a stage: its own, else the user's, else what is preferred."""
+    def settings_of(self, stage: Stage, preferred: Mapping[str, Any], part: str = "") -> Settings:
+        """Of a stage, which trains that part alone: its own, else the user's, else what is preferred."""
         fields = ("max_epochs", "batch_size", "learning_rate", "validation", "patience")
         own = {name: getattr(stage, name) for name in fields if getattr(stage, name) is not None}
+        if rates := rates_of(stage):
+            own = {name: value for name, value in own.items() if name != "learning_rate"}
+            own |= {"learning_rate": rates[part]} if part in rates else {}
         return Settings(**{**preferred, **self.settings, **own})
 
     def run(
-        self, model: Operator, source: Source, chosen: Settings, label: str, sampler: Sampler | None, *, held: bool
-    ) -> None:
-        """The training loop, with what does not learn held where it is."""
+        self, model: Operator, source: Source, chosen: Settings, label: str, sampler: Sampler | None, *, held: bool,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """The training loop, with what does not learn held where it is; `rates` by the names of parts."""
         folder = None if self.checkpoint is None else Path(self.checkpoint) / label
         optimizer = self.optimizer or optimizer_of(model, chosen.learning_rate) or optax.adam(chosen.learning_rate)
+        if rates and self.optimizer is None:
+            optimizer = part_by_part(rates, optimizer)
         if model.held_in_fit:
             optimizer = all_but(model.held_in_fit, optimizer)
         given = {f: s for f, s in (self.schedules or {}).items() if held}
@@ -362,6 +375,24 @@ class Neighborhoods:
             if ahead:
                 turns = itertools.chain(ahead, turns)
         return np.array(patches)
+
+
+def rates_of(stage: Stage) -> dict[str, float]:
+    """Learning rates by the parts' names, where the stage has them so."""
+    return dict(stage.learning_rate) if isinstance(stage.learning_rate, Mapping) else {}
+
+
+def part_by_part(rates: Mapping[str, float], other: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam at the rates of the parts; `other` for parameters of the parts that are not named, and of the balance."""
+
+    def kind(path: Any, _leaf: Any) -> str:
+        at = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return at[1] if at[0] == "parts" and at[1] in rates else ""
+
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(kind, params)
+
+    return optax.multi_transform({"": other, **{name: optax.adam(rate) for name, rate in rates.items()}}, kinds)
 
 
 def all_but(held: Sequence[str], optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

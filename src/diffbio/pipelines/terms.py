@@ -23,11 +23,14 @@ class Own:
     part: its name.
     weight: factor.
     name: in the metrics; the part's unless given.
+    local: the gradient stays within the part. Otherwise it also reaches the parts before, which then learn to give what
+        is easy for this one: an imputer in front of a normaliser that smooth counts are simpler to explain.
     """
 
     part: str
     weight: float = 1.0
     name: str = ""
+    local: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:

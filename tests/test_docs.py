@@ -147,7 +147,23 @@ def chain_page():
     return {"counts": counts, "batch_labels": np.arange(120) % 2, "day": day}
 
 
+def adapted_page():
+    """Cells of two types, every third an almost empty droplet; a third of the genes vary with something else."""
+    rng = np.random.default_rng(0)
+    label, damaged = np.arange(120) % 2, np.arange(120) % 3 == 2
+    noisy = np.arange(60) >= 40
+
+    def cells():
+        rates = 3.0 * np.where(np.arange(60) < 6, 1 + 3 * label[:, None], 1.0)
+        rates = rates * np.where(noisy, np.exp(rng.normal(0, 0.6, (120, 1)) * np.where(np.arange(60) % 2, 1, -1)), 1.0)
+        rates = np.where(damaged[:, None], 0.4 * rates[~label.astype(bool)].mean(axis=0), rates)
+        return {"counts": rng.poisson(rates).astype(np.float32), "label": label.astype(np.float32)}
+
+    return {"seen": cells(), "unseen": cells(), "damaged": damaged, "noisy": noisy}
+
+
 PRELUDES = {
+    "adapted_preprocessing.md": adapted_page,
     "space_networks_expression.md": lambda: {"adata": tissue_cells()},
     "trained_as_one.md": chain_page,
     "trajectories.md": trajectories_page,

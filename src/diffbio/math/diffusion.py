@@ -3,10 +3,11 @@
 The graph is two (cells, neighbors) arrays; nothing of size (cells, cells) is made, and no power of the operator.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .distances import safe_norm, unit_rows
@@ -195,21 +196,28 @@ def _mixture_forward(operator: Markov, x: jax.Array, weights: jax.Array, last: j
 
 
 def _mixture_backward(kept: Mixture, g: jax.Array) -> tuple[Markov, jax.Array, jax.Array, None]:
+    """By Horner's scheme, w0 x + P (w1 x + P (w2 x + ...)): as many products as powers that are needed, and back."""
     operator, x, weights, last = kept
 
-    def mixed(operator: Markov, x: jax.Array, weights: jax.Array) -> jax.Array:
-        def further(carry: tuple[jax.Array, jax.Array], weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-            power, total = carry
-            power = step(operator, power)
-            return power, total + weight * power
+    def inwards(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        inner, kept = carry
+        power = last - 1 - j
+        return weights[power] * x + step(operator, inner), kept.at[power].set(inner)
 
-        def add(carry: tuple[jax.Array, jax.Array], j: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            return jax.lax.cond(j <= last, further, lambda carry, weight: carry, carry, weights[j]), None
+    none_yet = jnp.zeros((len(weights) - 1, *x.shape), x.dtype)
+    inner = jax.lax.fori_loop(0, last, inwards, (weights[last] * x, none_yet))[1]
 
-        return jax.lax.scan(add, (x, weights[0] * x), jnp.arange(1, len(weights)))[0][1]
+    def outwards(power: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        g, of_edges, of_degree, of_x, of_weights = carry
+        of_x, of_weights = of_x + weights[power] * g, of_weights.at[power].set((g * x).sum())
+        more, g = jax.vjp(step, operator, inner[power])[1](g)
+        return g, of_edges + more.weights, of_degree + more.degree, of_x, of_weights
 
-    of_operator, of_x, of_weights = jax.vjp(mixed, operator, x, weights)[1](g)
-    return of_operator, of_x, of_weights, None
+    start = (g, *(jnp.zeros_like(v) for v in (operator.weights, operator.degree, x, weights)))
+    g, of_edges, of_degree, of_x, of_weights = jax.lax.fori_loop(0, last, outwards, start)
+    of_x, of_weights = of_x + weights[last] * g, of_weights.at[last].set((g * x).sum())
+    of_indices: Any = np.zeros(operator.indices.shape, jax.dtypes.float0)
+    return Markov(of_indices, of_edges, of_degree), of_x, of_weights, None
 
 
 _mixture.defvjp(_mixture_forward, _mixture_backward)

@@ -118,6 +118,14 @@ def load(name: str) -> IntegrationData:
         return IntegrationData(name=name, counts=counts, **{key: file[key] for key in fields})
 
 
+def halves(data: IntegrationData, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the seen and of the unseen cells: half of every batch each, at random."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(np.flatnonzero(data.batch == batch)) for batch in range(data.n_batches)]
+    seen = np.concatenate([some[: (len(some) + 1) // 2] for some in rows])
+    return np.sort(seen), np.setdiff1d(np.arange(len(data.batch)), seen)
+
+
 def embedding_path(dataset: str, method: str, seed: int) -> Path:
     """File that holds one method's embedding (and clusters) of one data set and seed."""
     return CACHE / "embeddings" / f"{dataset}__{method}__{seed}.npz"

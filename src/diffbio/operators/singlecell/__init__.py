@@ -29,6 +29,8 @@ from .cell_communication import CellCommunicationConfig as CellCommunicationConf
 from .cell_communication import DifferentiableCellCommunication as DifferentiableCellCommunication
 from .community_detection import CommunityDetectionConfig as CommunityDetectionConfig
 from .community_detection import DifferentiableCommunityDetection as DifferentiableCommunityDetection
+from .correction_strength import CorrectionStrength as CorrectionStrength
+from .correction_strength import CorrectionStrengthConfig as CorrectionStrengthConfig
 from .differential_distribution import (
     DifferentiableDifferentialDistribution as DifferentiableDifferentialDistribution,
 )

@@ -1,54 +1,82 @@
 """How well gradients pass through each operator: the table of docs/gradients.md.
 
-    uv run python -m benchmarks.quality.gradients
+    uv run python -m benchmarks.quality.gradients                     # print it, some minutes
+    uv run python -m benchmarks.quality.gradients DifferentiableUMAP  # of some operators
+    uv run python -m benchmarks.quality.gradients --write             # print it, and put it into the page
 
-Every operator on its contract example (tens of cells, fresh or data-started weights): up to 32 orthonormal directions
+Every operator on its contract examples (tens of cells, fresh or data-started weights): up to 32 orthonormal directions
 in the smooth outputs of one cell are pulled back to its float inputs. Columns as of `diffbio.gradients`.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from benchmarks.quality.integration_data import REPO
 
 PROBES = 32
+PAGE = REPO / "docs" / "gradients.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+COLUMNS = ("operator", "example", "gain", "conditioning", "silent", "verdict")
 
 
-def rows(wanted: tuple[str, ...] = ()) -> list[tuple[str, str, float, float, float]]:
-    """Operator, example, gain, condition, silent share."""
+def examples() -> Iterator[tuple[str, str, Any, Any]]:
+    """Operator's name, example's, operator and data, of all that take and give floats with a gradient."""
+    import diffbio.operators.normalization
     import diffbio.operators.singlecell  # noqa: F401 - registers all
     from diffbio.operators.base import REGISTRY
-    from diffbio.pipelines import Chain
-    from diffbio.pipelines.gradient_report import flat, probed_by_part, silent_share, spread
 
-    found = []
     for name, kind in sorted(REGISTRY.items()):
-        if not kind.__module__.startswith("diffbio.operators") or (wanted and name not in wanted):
-            continue
-        for example, (op, data) in kind.examples().items():
-            if not any(key in data for key in op.smooth_in) or not op.smooth_out:
-                continue
-            chain = Chain([op], inputs=[key for key in op.requires if key in data])
-            probes = jax.jit(lambda data, key, chain=chain: probed_by_part(chain, data, key, PROBES))(
-                data, jax.random.key(0)
-            )[chain.names[0]]
-            probes = jax.device_get(probes)
-            jacobian = np.stack([flat(one) for one in zip(*probes.values(), strict=True)])
-            gain, condition = spread(jacobian)
-            found.append((name, example, gain, condition, silent_share(op, probes, [])))
-            print(f"  {name}: {example}", file=sys.stderr)
-    return found
+        if kind.__module__.startswith("diffbio.operators"):
+            for example, (op, data) in kind.examples().items():
+                if any(key in data for key in op.smooth_in) and op.smooth_out:
+                    yield name, example, op, data
+
+
+def row(name: str, example: str, op: Any, data: Any) -> list[str]:
+    """Of the table."""
+    from diffbio.pipelines import Chain
+    from diffbio.pipelines.gradient_report import flat, probed_by_part, silent_share, spread, verdict_of
+
+    chain = Chain([op], terms=[], inputs=[key for key in op.requires if key in data])
+    run = jax.jit(lambda data, key: probed_by_part(chain, data, key, PROBES))
+    probes = jax.device_get(run(data, jax.random.key(0))[chain.names[0]])
+    jacobian = np.stack([flat(one) for one in zip(*probes.values(), strict=True)])
+    gain, condition = spread(jacobian)
+    silent = silent_share(op, probes, [])
+    said = verdict_of(bool(np.isfinite(jacobian).all()), gain, silent)
+    return [name, example, f"{gain:.2g}", f"{condition:.2g}", f"{silent:.0%}", said]
+
+
+def table(wanted: list[str]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for name, example, op, data in examples():
+        if not wanted or name in wanted:
+            lines.append(f"| {' | '.join(row(name, example, op, data))} |")
+            print(f"  {name}: {example}", file=sys.stderr, flush=True)
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operators", nargs="*", help="all unless named")
+    parser.add_argument("--write", action="store_true", help="into the page")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"{'operator':<42} {'example':<34} {'gain':>9} {'condition':>9} {'silent':>7}")
-    for name, example, gain, condition, silent in rows(tuple(sys.argv[1:])):
-        print(f"{name:<42} {example:<34} {gain:>9.3g} {condition:>9.3g} {silent:>7.0%}")
+    found = table(asked.operators)
+    print(found)
+    if asked.write and not asked.operators:
+        text = PAGE.read_text()
+        PAGE.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{found}\n{END}", text, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

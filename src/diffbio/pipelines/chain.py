@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,7 +20,8 @@ from ..operators.base import REGISTRY, Data, Operator, Unfitted, is_float, json_
 from .joining import Part, Wire, default_inputs, joined_parts
 from .terms import BALANCES, Own, Term, balanced, checked_terms
 
-UNDECLARED = Float[Array, " cells"]  # kind of an input that no part declares, such as a day that a loss reads
+# Kind of an input that no part declares, such as a day that a loss reads; a matrix with a row per cell will do as well.
+UNDECLARED = Float[Array, " cells"]
 
 
 class Chain(Operator):
@@ -307,6 +309,12 @@ class Chain(Operator):
 
     def _fixed_axes(self) -> dict[str, int]:
         return {}
+
+    def _read(self, key: str, data: Data) -> jax.Array:
+        value = data.get(key)
+        if self.requires[key] is UNDECLARED and isinstance(value, np.ndarray | jax.Array) and value.ndim > 1:
+            return jnp.asarray(value, jnp.result_type(float))
+        return super()._read(key, data)
 
     def _inputs(self, data: Data) -> dict[str, jax.Array]:
         found: dict[str, jax.Array] = {}

@@ -219,20 +219,21 @@ def _row(name: str, part: Operator, found: list[Any], probed: Tree) -> list[Any]
     silent = silent_share(part, probed, [batch["at"]["in"][name] for batch in found])
     finite = all(np.isfinite(x).all() for x in (*into, *out, *weights, jacobian))
     sizes = [float(np.mean([np.linalg.norm(x) for x in some])) for some in (out, into)]
-    verdict = _verdict(finite, gain, silent, signal, len(found), used=bool(np.any(compared)))
+    verdict = verdict_of(finite, gain, silent)
+    if verdict == "ok" and np.any(compared) and signal < 2 / np.sqrt(len(found)):
+        verdict = "noisy"
     return [n_parameters, *sizes, gain, condition, silent, signal, _agreement(compared), verdict]
 
 
-def _verdict(finite: bool, gain: float, silent: float, signal: float, n_batches: int, *, used: bool) -> str:  # noqa: FBT001
+def verdict_of(finite: bool, gain: float, silent: float) -> str:  # noqa: FBT001
+    """On the path through a part, in a word or two."""
     if not finite:
         return "not finite"
     if gain < DEAD:
         return "dead"
     if gain > EXPLODING:
         return "exploding"
-    if silent > 0.5:
-        return "partly silent"
-    return "noisy" if used and signal < 2 / np.sqrt(n_batches) else "ok"
+    return "partly silent" if silent > 0.5 else "ok"
 
 
 def spread(jacobian: np.ndarray) -> tuple[float, float]:

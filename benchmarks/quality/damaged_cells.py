@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from benchmarks.quality.integration_data import data_dir
@@ -48,7 +48,7 @@ def damaged(name: str, seed: int, *, n_genes: int = 2000) -> Damaged:
     number = adata.obs["cell_type"].value_counts()
     often = [name for name in number.index[number >= FEWEST_OF_TYPE] if name != "NA"]
     adata = adata[adata.obs["cell_type"].isin(often).to_numpy()]
-    counts = sparse.csr_matrix(adata.X)
+    counts: Any = sparse.csr_matrix(cast(Any, adata.X))
     mitochondrial = np.asarray(adata.var_names.str.startswith("MT-"))
     if "ambient_profile" in adata.var:
         profile = adata.var["ambient_profile"].to_numpy(float)

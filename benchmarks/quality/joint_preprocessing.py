@@ -173,7 +173,7 @@ def chain_of(gates: np.ndarray, n_types: int, seed: int) -> Any:
         Part(normalizer, "normalizer", reads={"counts": "imputed_counts"}),
         Part(selector, "gates", reads={"features": "normalized"}),
     ]
-    price = Term("price", lambda n_open: n_open / len(gates), reads="l0_penalty", weight=PRICE)
+    price = Term("price", lambda n_open: n_open / len(gates), reads=("l0_penalty",), weight=PRICE)
     return Chain(parts, terms=[Term("task", task, reads=("gated", "cell_weights", "label", "fold")), price])
 
 
@@ -224,7 +224,7 @@ def anywhere(rng: np.random.Generator) -> Iterator[Setting]:
     while True:
         yield Setting(
             log_uniform(20, 250), log_uniform(0.03, 0.5), rng.uniform(0, 6), round(log_uniform(50, 2000)),
-            log_uniform(0.1, 3), log_uniform(0.5, 2), log_uniform(0.5, 3), rng.uniform(0.5, 1), log_uniform(0.05, 1),
+            log_uniform(0.1, 3), log_uniform(0.5, 2), log_uniform(0.5, 3),
         )  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def stage_wise(p: Problem, seed: int) -> Any:
     chain = start(p, seed)
     graph = ("embeddings", "neighbor_indices")  # these know the molecules that the imputer's objective holds out
     data = {key: value for key, value in p.seen.items() if key not in graph}
-    stages = [Stage(parts=name) for name in ("quality", "imputer", "gates")]
+    stages = [Stage(parts=(name,)) for name in ("quality", "imputer", "gates")]
     diffbio.fit(chain, data, seed=seed, stages=stages, progress=False)
     return chain
 

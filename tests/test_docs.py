@@ -162,9 +162,31 @@ def adapted_page():
     return {"seen": cells(), "unseen": cells(), "damaged": damaged, "noisy": noisy}
 
 
+def trajectory_loss_page():
+    """Counts of a time course whose largest variation has nothing to do with time."""
+    rng = np.random.default_rng(0)
+    day, other, genes = rng.integers(0, 4, 200), rng.uniform(0, 1, 200), np.arange(60)
+    size = 1 + 3 * (genes < 40) * (1 + np.sin(np.pi * (other[:, None] + genes / 20)))
+    age = day + rng.normal(0, 0.3, 200) - 1.5
+    counts = rng.poisson(size * np.exp(0.25 * age[:, None] * (genes >= 40)))
+    return {"counts": counts.astype(np.float32), "day": day.astype(np.float32)}
+
+
+def clustering_page():
+    """Three kinds of cells in two batches, in halves."""
+    rng = np.random.default_rng(0)
+    kind, batch = rng.integers(0, 3, 240), np.arange(240) % 2
+    rates = np.exp(rng.normal(0, 1, (3, 60)))[kind] * np.exp(0.7 * rng.normal(0, 1, (2, 60)))[batch]
+    cells = {"counts": rng.poisson(rates).astype(np.float32), "batch_labels": batch}
+    return {name: {k: jnp.asarray(v[half]) for k, v in cells.items()} for name, half in
+            (("seen", slice(120)), ("unseen", slice(120, None)))}  # fmt: skip
+
+
 PRELUDES = {
+    "trajectory_loss.md": trajectory_loss_page,
     "adapted_preprocessing.md": adapted_page,
     "space_networks_expression.md": lambda: {"adata": tissue_cells()},
+    "joint_clustering.md": clustering_page,
     "trained_as_one.md": chain_page,
     "trajectories.md": trajectories_page,
     "batches_maps_groups.md": batches_page,

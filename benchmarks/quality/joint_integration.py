@@ -6,12 +6,13 @@ Counts -> VAE normaliser -> Harmony -> strength of the correction, a number for 
 every batch is seen in training; the other half goes through the trained chain (encoder, the stored correction, the
 centroids) and is scored with scib-metrics: 0.6 bio + 0.4 batch, exactly as in `score_integration.py`, in the
 environment `scib` that `benchmarks/peers/make_env.sh` makes. Both arms start from one VAE (STEPS steps of its own
-objective), a fresh Harmony and k-means on it, and have the same parameters, minibatches and STEPS further steps:
+objective) and Harmony on it, and have the same parameters, minibatches and STEPS further steps of the VAE:
 
 - stage-wise: the VAE goes on by its own objective, then the strength learns by its own (batches mixed among a cell's
-  neighbours) and the centroids by theirs, each on what the parts before give;
-- joint: the VAE's objective and two losses at the end reach all of them: `BatchMixingLoss` on the corrected cells, and
-  `neighbourhoods`, how far a cell is from the nearest cells of every batch.
+  neighbours) and the centroids by theirs, from k-means on, for STEPS steps each on what the parts before give;
+- joint: all four parts learn together from the VAE's and the clusters' own objectives and three losses at the end:
+  `BatchMixingLoss` on the corrected cells, the share of their variance that is `within` clusters, and of that the share
+  that is `between` batches. k-means starts their centroids first; halfway Harmony is learned anew.
 
 Both know the number of cell types (clusters of k-means); the peers' Leiden clusters (resolution 1) do not. So the
 totals with Leiden's clusters at the best of 20 resolutions, of every arm, are stored beside them (`leiden <arm>`).
@@ -27,7 +28,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmarks.quality.integration import environment, run_module
@@ -44,31 +44,31 @@ BEAT = (*PEERS.values(), "stage-wise")
 
 LATENT, HIDDEN, BATCH, RATE = 10, 128, 256, 1e-3
 STEPS = 300  # of either phase
-MIXING, CLOSE, TIGHT = 1000.0, 300.0, 10.0  # weights beside the VAE's objective, of hundreds of nats a cell
-NEAREST, WIDTH = 3, 0.03  # of `neighbourhoods`: cells of every batch; share of the mean squared distance
+MIXING, WITHIN, BETWEEN = 300.0, 200.0, 100.0  # weights beside the VAE's objective, of hundreds of nats a cell
 
 
-def neighbourhoods(n_batches: int) -> Any:
-    """The loss of continuous clusters (Shah and Koltun 2018) on neighbours that are balanced over batches.
-
-    d / (d + w) of the squared distance d to the nearest cells of every batch (Polanski et al. 2020), mean: a robust
-    penalty, which draws near cells together and lets go of far ones; w is a share of the mean squared distance, so
-    that a smaller embedding gains nothing.
-    """
+def within(cells: Any, memberships: Any) -> Any:
+    """Share of the variance that is within clusters."""
     from diffbio.math.distances import squared_euclidean
 
-    def loss(cells: Any, labels: Any) -> Any:
-        n_cells = len(cells)
-        distance = squared_euclidean(cells, cells)
-        width = WIDTH * distance.sum() / (n_cells * (n_cells - 1))
-        others = jnp.where(jnp.eye(n_cells, dtype=bool), jnp.inf, distance)
-        terms = []
-        for batch in range(n_batches):
-            near = -jax.lax.top_k(-jnp.where(labels == batch, others, jnp.inf), NEAREST)[0]
-            there = jnp.isfinite(near)
-            near = jnp.where(there, near, 0)
-            terms.append(jnp.where(there, near / (near + width), 1).mean())
-        return jnp.stack(terms).mean()
+    mass = memberships.sum(axis=0)
+    means = memberships.T @ cells / jnp.maximum(mass, 1e-6)[:, None]
+    left = (memberships * squared_euclidean(cells, means)).sum(axis=1).mean()
+    return left / ((cells - cells.mean(axis=0)) ** 2).sum(axis=1).mean()
+
+
+def between(n_batches: int) -> Any:
+    """Share of the variance within clusters that is between batches."""
+
+    def loss(cells: Any, labels: Any, memberships: Any) -> Any:
+        mass = memberships.sum(axis=0)
+        means = memberships.T @ cells / jnp.maximum(mass, 1e-6)[:, None]
+        of = (labels[:, None] == jnp.arange(n_batches))[:, :, None] * memberships[:, None]  # cells, batches, clusters
+        per = of.sum(axis=0)
+        centre = jnp.einsum("ibk,if->bkf", of, cells) / jnp.maximum(per, 1e-6)[..., None]
+        apart = (per * ((centre - means) ** 2).sum(axis=-1)).sum(axis=0)
+        whole = (memberships * ((cells[:, None] - means) ** 2).sum(axis=-1)).sum(axis=0)
+        return (mass * apart / jnp.maximum(whole, 1e-6)).sum() / mass.sum()
 
     return loss
 
@@ -103,9 +103,10 @@ def chain_of(data: IntegrationData, n_seen: int, seed: int) -> Any:
             Part(SoftKMeansClustering(groups, rngs=rngs), "groups", reads={"embeddings": "blended_embeddings"}),
         ],
         terms=[
-            Own("vae"), Own("strength"), Own("groups", weight=TIGHT),
+            Own("vae"), Own("strength"), Own("groups"),
             Term("mixing", BatchMixingLoss(n_batches=n_batches, n_neighbors=5), reads=final, weight=MIXING),
-            Term("close", neighbourhoods(n_batches), reads=final, weight=CLOSE),
+            Term("within", within, reads=("blended_embeddings", "cluster_assignments"), weight=WITHIN),
+            Term("between", between(n_batches), reads=(*final, "cluster_assignments"), weight=BETWEEN),
         ],
     )  # fmt: skip
 
@@ -116,13 +117,14 @@ def table_of(data: IntegrationData, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def started(data: IntegrationData, seen: np.ndarray, seed: int) -> Any:
-    """The chain after the phase that both arms share: the VAE by its own objective, k-means on what it gives."""
+    """The chain after the phase that both arms share: the VAE by its own objective, Harmony on what it gives."""
     import diffbio
     from diffbio.pipelines import Stage
 
     chain = chain_of(data, len(seen), seed)
     first = Stage(parts="vae", **how(len(seen)))
     diffbio.fit(chain, table_of(data, seen), seed=seed, stages=[first], progress=False)
+    chain["groups"].fitted = False  # k-means has not run yet: it starts where an arm's cells are by then
     return chain
 
 
@@ -138,16 +140,13 @@ def trained(chain: Any, data: IntegrationData, seen: np.ndarray, seed: int, arm:
     from diffbio.pipelines import Stage
 
     chain, settings = nnx.clone(chain), how(len(seen))
-    if arm == "joint":  # Harmony is learned anew after either half, and k-means starts in the second
+    if arm == "joint":  # in two halves, so that Harmony is learned anew between them
         half = {**settings, "max_epochs": -(-settings["max_epochs"] // 2)}
-        stages = [
-            Stage(parts=("vae", "strength"), terms=("vae", "mixing", "close"), **half),
-            Stage(terms=("vae", "mixing", "close", "groups"), **half),
-        ]
+        stages = [Stage(terms=("vae", "groups", "mixing", "within", "between"), **half)] * 2
     else:
         stages = [Stage(parts="vae", terms=("vae",), **settings)]
         stages += [Stage(parts=part, **settings) for part in ("strength", "groups")]
-    warm = {"vae.kl_weight": lambda epoch: 1.0 + 0 * epoch}  # the warm-up is over after the first phase
+    warm = {"vae.kl_weight": lambda _: 1.0}  # the warm-up is over after the first phase
     diffbio.fit(chain, table_of(data, seen), seed=seed, stages=stages, schedules=warm, progress=False)
     return chain
 

@@ -182,7 +182,17 @@ def clustering_page():
             (("seen", slice(120)), ("unseen", slice(120, None)))}  # fmt: skip
 
 
+def few_labels_page():
+    """Three types, each with genes of its own; five labels per type."""
+    rng = np.random.default_rng(0)
+    types = np.arange(150) % 3
+    counts = rng.poisson(0.3 + 2.0 * (np.arange(60) % 3 == types[:, None])).astype(np.float32)
+    label = np.where(np.arange(150) < 15, types, -1)
+    return {"counts": counts, "label": label, "ambient_profile": counts.sum(axis=0) / counts.sum(), "truth": types}
+
+
 PRELUDES = {
+    "few_labels.md": few_labels_page,
     "trajectory_loss.md": trajectory_loss_page,
     "adapted_preprocessing.md": adapted_page,
     "space_networks_expression.md": lambda: {"adata": tissue_cells()},

@@ -14,6 +14,8 @@ from branching_cells import branching_cells
 from tissue_cells import tissue_cells
 from toy_cells import toy_cells
 
+from diffbio.operators.base import REGISTRY
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -248,3 +250,17 @@ def test_the_pipeline_page_holds_what_it_says(tmp_path, monkeypatch):
     assert set(metadata["unfitted"]) == set(shapes) - {"counts", "ambient_profile", "batch_labels"}
     np.testing.assert_allclose(result["cluster_assignments"].sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(result["normalized"].sum(1), 1, rtol=1e-4)
+
+
+def test_the_overview_of_gradients_names_every_operator_with_a_path():
+    """The table is printed by a command; an operator that is added without running it again is missed here."""
+    import diffbio.operators.normalization
+    import diffbio.operators.singlecell  # noqa: F401 - registers all
+
+    text = (ROOT / "docs" / "gradients.md").read_text()
+    named = set(re.findall(r"^\| (\w+) \|", text, flags=re.MULTILINE)) - {"operator"}
+    able = {
+        name for name, kind in REGISTRY.items()
+        if kind.__module__.startswith("diffbio.operators") and kind.smooth_in and kind.smooth_out
+    }  # fmt: skip
+    assert named == able

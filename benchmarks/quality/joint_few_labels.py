@@ -28,7 +28,7 @@ DATA = ("pbmc_three_chemistries", "pbmc3k")
 ARMS = ("PCA + kNN", "PCA + logistic", "frozen, means", "frozen", "joint")
 BEAT = ("frozen", "frozen, means")
 
-PER_TYPE, SEEN, N_GENES, LATENT = 5, 0.75, 2000, 20
+PER_TYPE, SEEN, N_GENES, LATENT = 5, 0.75, 1000, 20
 FIRST, SECOND = 40, 40  # epochs
 VARIANCE = 0.25  # of the Gaussian of a type, where the standard normal has 1
 LABEL_WEIGHT = 50.0  # of the cross entropy beside objectives of hundreds of nats a cell

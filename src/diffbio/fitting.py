@@ -94,8 +94,7 @@ def fit(
             source, **planned, optimizer=optimizer, schedules=schedules, checkpoint=checkpoint, resume=resume,
             force=force, progress=progress, settings=settings,
         )
-        model.mark_fitted()
-        return history
+        return history  # who has stages of its own says itself which parts have been trained
     chosen = Settings(**{**model.fit_defaults, **settings})
     model.eval_mode()
     resume = resume and checkpoint is not None and storage.exists(checkpoint)

@@ -194,6 +194,17 @@ def test_what_is_frozen_or_not_in_the_stage_stays_and_the_rest_learns():
         diffbio.fit(frozen, data, stages=[Stage(parts="toy")], progress=False)
 
 
+def test_a_part_that_no_stage_has_trained_stays_unfitted_and_is_started_when_its_turn_comes():
+    data, chain = {"counts": cells()["counts"]}, toy_and_groups()
+    diffbio.fit(chain, data, stages=[Stage(parts="toy", max_epochs=1)], progress=False)
+    assert not chain["groups"].fitted
+    assert not chain.fitted
+    born = np.array(chain["groups"].centroids[...])
+    diffbio.fit(chain, data, stages=[Stage(parts="groups", max_epochs=1, learning_rate=1e-9)], progress=False)
+    assert np.abs(np.asarray(chain["groups"].centroids[...]) - born).max() > 1e-3, "k-means has put them"
+    assert chain.fitted
+
+
 def test_default_training_starts_every_part_on_what_the_ones_before_give():
     data = cells(60)
     chain = three_parts()

@@ -113,6 +113,7 @@ def fit_chain(
         run.stage(stage, f"{number + 1}-{stage.name}")
     chain.learning = chain.active = None
     run.start(chain.names, again=True)
+    chain.fitted = all(chain[name].fitted for name in chain.names)
     chain.eval_mode()
     return History(run.rows, settings=run.chosen)
 

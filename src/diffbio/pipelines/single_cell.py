@@ -250,7 +250,9 @@ class SingleCellPipeline(Operator):
 
     def fit_stages(self, source: Source, **how: Any) -> History:
         """What `diffbio.fit` runs: see `diffbio.pipelines.stages`."""
-        return fit_stages(self, source, **how)
+        history = fit_stages(self, source, **how)
+        self.mark_fitted()
+        return history
 
     def learn_batches(self, labels: np.ndarray | None, n_cells: int) -> None:
         """Builds the stages for the batches and the number of cells at hand, before training starts.

@@ -9,9 +9,9 @@ from benchmarks.quality.integration_data import data_dir
 
 DEPTH = 330  # median molecules of a cell after thinning: about 15 % of those of pbmc3k
 DAMAGED, EMPTY = 0.25, 0.5  # share of the cells that are damaged; of those, that are near-empty droplets
-LEAKED = 0.2  # of a dying cell's molecules of the nucleus and cytoplasm that stay
-LEFT = 0.1  # of the cell's own molecules in a near-empty droplet
-SOUP = (0.3, 1.0)  # molecules in such a droplet, of the median cell's
+LEAKED = 0.1  # of a dying cell's molecules of the nucleus and cytoplasm that stay
+LEFT = 0.05  # of the cell's own molecules in a near-empty droplet
+SOUP = (0.05, 0.35)  # molecules of the soup in such a droplet, of the median cell's
 FEWEST = 20  # cells that hold a gene, for it to be looked at
 FEWEST_OF_TYPE = 30  # of the file: recall of fewer than 15 unseen cells is mostly chance (14 platelets of pbmc3k)
 INTACT, DYING, DROPLET = 0, 1, 2
@@ -40,6 +40,7 @@ def damaged(name: str, seed: int, *, n_genes: int = 2000) -> Damaged:
     Thinning is binomial. A dying cell keeps all molecules of the mitochondria and LEAKED of the others. A near-empty
     droplet holds LEFT of its cell and for the rest molecules drawn from the soup: the file's measured ambient profile,
     else the mean of all cells; its label is that of its cell, as where types come from hashtags or sorting.
+    With both it has 0.1 to 0.4 of a median cell's molecules: fewer than a cell, as such droplets do.
     """
     import anndata
     from scipy import sparse

@@ -139,7 +139,8 @@ def second_phase(chain: Any, table: dict[str, Any], seed: int, arm: str) -> None
     terms = ("labels", "prior") if arm == "frozen" else ("ambient", "vae", "labels", "prior")
     parts = ("types",) if arm == "frozen" else ()
     stage = Stage(parts=parts, terms=terms, max_epochs=SECOND, learning_rate=RATES[arm], **HOW)
-    diffbio.fit(chain, table, seed=seed, stages=[stage], progress=False)
+    over = {f"{part}.kl_weight": lambda _: 1.0 for part in ("ambient", "vae")}  # their warm-up, which every stage has
+    diffbio.fit(chain, table, seed=seed, stages=[stage], schedules=over, progress=False)
     chain.eval_mode()
 
 

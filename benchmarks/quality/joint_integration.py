@@ -5,11 +5,11 @@
 Counts -> VAE normaliser -> Harmony -> strength of the correction, a number for each batch -> soft k-means. Half of
 every batch is seen in training; the other half goes through the trained chain (encoder, the stored correction, the
 centroids) and is scored with scib-metrics: 0.6 bio + 0.4 batch, exactly as in `score_integration.py`, in the
-environment `scib` that `benchmarks/peers/make_env.sh` makes. Both arms start from one VAE (STEPS steps of its own
-objective) and Harmony on it, and have the same parameters, minibatches and STEPS further steps of the VAE:
+environment `scib` that `benchmarks/peers/make_env.sh` makes. Both arms start from one VAE (FIRST steps of its own
+objective) and Harmony on it, and have the same parameters, minibatches and SECOND further steps of the VAE:
 
 - stage-wise: the VAE goes on by its own objective, then the strength learns by its own (batches mixed among a cell's
-  neighbours) and the centroids by theirs, from k-means on, for STEPS steps each on what the parts before give;
+  neighbours) and the centroids by theirs, from k-means on, for SECOND steps each on what the parts before give;
 - joint: all four parts learn together from the VAE's and the clusters' own objectives and three losses at the end:
   `BatchMixingLoss` on the corrected cells, the share of their variance that is `within` clusters, and of that the share
   that is `between` batches. k-means starts their centroids first; halfway Harmony is learned anew.
@@ -43,8 +43,8 @@ ARMS = (*PEERS.values(), "stage-wise", "joint")
 BEAT = (*PEERS.values(), "stage-wise")
 
 LATENT, HIDDEN, BATCH, RATE = 10, 128, 256, 1e-3
-STEPS = 300  # of either phase
-MIXING, WITHIN, BETWEEN = 300.0, 200.0, 100.0  # weights beside the VAE's objective, of hundreds of nats a cell
+FIRST, SECOND = 300, 100  # steps of the two phases
+MIXING, WITHIN, BETWEEN = 300.0, 400.0, 100.0  # weights beside the VAE's objective, of hundreds of nats a cell
 
 
 def within(cells: Any, memberships: Any) -> Any:
@@ -122,15 +122,15 @@ def started(data: IntegrationData, seen: np.ndarray, seed: int) -> Any:
     from diffbio.pipelines import Stage
 
     chain = chain_of(data, len(seen), seed)
-    first = Stage(parts="vae", **how(len(seen)))
+    first = Stage(parts="vae", **how(len(seen), FIRST))
     diffbio.fit(chain, table_of(data, seen), seed=seed, stages=[first], progress=False)
     chain["groups"].fitted = False  # k-means has not run yet: it starts where an arm's cells are by then
     return chain
 
 
-def how(n_cells: int) -> dict[str, Any]:
-    """Settings of every stage: so many epochs that it takes STEPS steps."""
-    epochs = round(STEPS / max(1, n_cells // BATCH))
+def how(n_cells: int, steps: int) -> dict[str, Any]:
+    """Settings of a stage: so many epochs that it takes about so many steps."""
+    epochs = max(1, round(steps / max(1, n_cells // BATCH)))
     return {"max_epochs": epochs, "batch_size": BATCH, "learning_rate": RATE, "validation": 0.0}
 
 
@@ -139,7 +139,7 @@ def trained(chain: Any, data: IntegrationData, seen: np.ndarray, seed: int, arm:
     import diffbio
     from diffbio.pipelines import Stage
 
-    chain, settings = nnx.clone(chain), how(len(seen))
+    chain, settings = nnx.clone(chain), how(len(seen), SECOND)
     if arm == "joint":  # in two halves, so that Harmony is learned anew between them
         half = {**settings, "max_epochs": -(-settings["max_epochs"] // 2)}
         stages = [Stage(terms=("vae", "groups", "mixing", "within", "between"), **half)] * 2

@@ -47,7 +47,7 @@ class Chain(Operator):
             inputs: keys that the data holds. None: what the first part reads, what later parts read beside floats
                 (labels) or can do without, and what a term reads that no part gives.
             balance: of the terms: "sum" by their weights; "uncertainty", weights learned (Kendall, Gal and Cipolla
-                2018, equation 10), logged as `balance_<term>`.
+                2018, equation 7), logged as `balance_<term>`.
 
         Raises:
             ConfigError: a key that a part needs is given by none before it, naming who could give it; kinds or

@@ -109,9 +109,11 @@ def fit_chain(
     run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
     if stages is not None:  # a schedule goes on from what is there
         run.started |= {name for name in chain.names if chain[name].fitted}
-    for number, stage in enumerate(planned):
-        run.stage(stage, f"{number + 1}-{stage.name}")
-    chain.learning = chain.active = None
+    try:
+        for number, stage in enumerate(planned):
+            run.stage(stage, f"{number + 1}-{stage.name}")
+    finally:  # an interrupted stage must not go on holding parts and terms
+        chain.learning = chain.active = None
     run.start(chain.names, again=True)
     chain.fitted = all(chain[name].fitted for name in chain.names)
     chain.eval_mode()
@@ -160,12 +162,15 @@ class _Run:
         """Starts what has not been started, and trains."""
         chain = self.chain
         learning = stage.parts or tuple(name for name in chain.names if name not in chain.frozen)
-        self.start(learning)
+        last = max(chain.names.index(name) for name in learning)
+        before = [name for name in chain.names[:last] if not hasattr(chain[name], "objective")]  # no stage is theirs
+        self.start([*learning, *before])
         single = stage.parts[0] if len(stage.parts) == 1 and stage.terms is None else None
         if single is not None:
             if hasattr(chain[single], "objective"):
                 self.alone(chain[single], single, stage, label)
             chain[single].mark_fitted()
+            self.start([n for n in chain.names[last + 1 :] if n in self.started], again=True)
             return
         chain.learning, chain.active = learning, stage.terms
         terms = [term for term in chain.terms if stage.terms is None or term.name in stage.terms]
@@ -307,6 +312,10 @@ class _Run:
             raise ConfigError(msg)
         if numbered:
             return AllCells(n_cells)
+        if n_cells > REFERENCE_CELLS and (wanted == "neighborhoods" or (wanted is None and (paired or on_graph))):
+            msg = f"fit: stage {stage.name!r} would choose which of {n_cells} cells come together, which it does for "
+            msg += f'at most {REFERENCE_CELLS}; take minibatches="random", or fewer cells.'
+            raise ConfigError(msg)
         if paired and wanted is None:
             return PerCell(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
         if wanted is None and on_graph:

@@ -67,7 +67,7 @@ def gradients(
         2 / sqrt(n_batches): the mean is less than twice what noise alone would make it), else "ok".
 
     Raises:
-        ConfigError: fewer than 2 minibatches, or no part with a gradient.
+        ConfigError: fewer than 2 minibatches, or data that holds row numbers of cells.
         MissingKeyError, DataError: the data does not fit.
     """
     import pandas as pd
@@ -77,6 +77,10 @@ def gradients(
         raise ConfigError(msg)
     whole = as_chain(chain)
     source = source_for(whole, data, keys)
+    if numbered := sorted(whole.cell_numbers & set(source.keys)):
+        msg = f"gradients: data[{numbered[0]!r}] holds row numbers of cells, which minibatches do not keep; leave it "
+        msg += "out, or take a chain of the parts that do not read it."
+        raise ConfigError(msg)
     rng = np.random.default_rng(seed)
     size = min(batch_size, source.n_cells)
     batches = [batch_of(source, np.sort(rng.choice(source.n_cells, size, replace=False))) for _ in range(n_batches)]
@@ -146,6 +150,7 @@ def _loss(chain: Chain, data: Tree, added: Tree, look: Any = None) -> jax.Array:
     """The loss, with `added` to what parts read and give: its gradient is that at these places."""
     result: Tree = {**data, **chain._inputs(data)}
     own = {term.part: term.name for term in chain.terms if isinstance(term, Own)}
+    local = {term.part for term in chain.terms if isinstance(term, Own) and term.local}
     values: dict[str, jax.Array] = {}
     outputs: Tree = {}
     for wire in chain.wires:
@@ -153,7 +158,8 @@ def _loss(chain: Chain, data: Tree, added: Tree, look: Any = None) -> jax.Array:
         read = wire.read(result)
         read = _sum(read, added.get("in", {}).get(wire.name, {}))
         if wire.name in own:
-            values[own[wire.name]] = part.objective(read)[0]  # type: ignore[attr-defined]
+            known = jax.lax.stop_gradient(read) if wire.name in local else read
+            values[own[wire.name]] = part.objective(known)[0]  # type: ignore[attr-defined]
         given = part.apply(read)[0]
         outputs = {own_key: given[own_key] for own_key, _ in wire.writes if own_key in given}
         if look is not None:

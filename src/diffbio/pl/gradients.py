@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FINE, BAD = PALETTE[0], PALETTE[4]
 PANELS = {
     "gain": "gain, outputs to inputs",
-    "condition": "condition (largest / smallest)",
+    "condition": "condition (largest / root mean square)",
     "signal_to_noise": "signal to noise over minibatches",
 }
 

@@ -205,6 +205,31 @@ def test_a_part_that_no_stage_has_trained_stays_unfitted_and_is_started_when_its
     assert chain.fitted
 
 
+def test_a_part_between_those_of_the_stages_is_started_before_the_next_one_reads_it(monkeypatch):
+    chain, start, seen = three_parts(), SoftKMeansClustering.init_from, []
+
+    def watched(self, data):
+        seen.append(chain["harmony"].fitted)
+        start(self, data)
+
+    monkeypatch.setattr(SoftKMeansClustering, "init_from", watched)
+    stages = [Stage(parts="vae_normalizer", max_epochs=1), Stage(parts="groups", max_epochs=1)]
+    diffbio.fit(chain, cells(), stages=stages, progress=False)
+    assert seen == [True]
+
+
+def test_a_stage_that_fails_lets_go_of_parts_and_terms():
+    def broken(latent):
+        raise ZeroDivisionError
+
+    terms = [Own("toy"), Term("broken", broken, reads=("latent",))]
+    chain = toy_and_groups(terms=terms)
+    with pytest.raises(ZeroDivisionError):
+        diffbio.fit(chain, {"counts": cells()["counts"]}, stages=[Stage(parts="toy", terms="broken")], progress=False)
+    assert chain.learning is None
+    assert chain.active is None
+
+
 def test_default_training_starts_every_part_on_what_the_ones_before_give():
     data = cells(60)
     chain = three_parts()

@@ -6,12 +6,15 @@ from typing import TypedDict
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jaxtyping import Array, Float
+from toy import Toy, ToyConfig
 
 import diffbio
 from diffbio.errors import ConfigError
 from diffbio.operators.base import Config, Operator, positive
-from diffbio.pipelines import Chain, Part, Term, create_single_cell_pipeline
+from diffbio.operators.singlecell import DifferentiablePseudotime, SoftClusteringConfig, SoftKMeansClustering
+from diffbio.pipelines import Chain, Own, Part, Term, create_single_cell_pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,3 +115,22 @@ def test_the_pipeline_is_told_part_by_part():
     assert set(found["verdict"]) <= {"ok", "noisy"}
     with pytest.raises(ConfigError, match="n_batches 1"):
         diffbio.gradients(pipeline, cells, n_batches=1)
+
+
+def test_a_local_objective_sends_nothing_to_the_parts_before_it():
+    toy = Toy(ToyConfig(n_genes=4, n_latent=2), rngs=nnx.Rngs(0))
+    groups = SoftKMeansClustering(SoftClusteringConfig(n_clusters=2, n_features=2), rngs=nnx.Rngs(0))
+    data = {"counts": np.random.default_rng(0).poisson(3.0, (24, 4)).astype(np.float32)}
+    out = {}
+    for local in (False, True):
+        parts = [Part(toy, "toy"), Part(groups, "groups", reads={"embeddings": "latent"})]
+        chain = Chain(parts, terms=[Own("groups", local=local)])
+        out[local] = diffbio.gradients(chain, data, batch_size=8, n_batches=2).loc["toy", "out"]
+    assert out[False] > 0
+    assert out[True] == 0
+
+
+def test_row_numbers_of_cells_are_refused():
+    op, data = DifferentiablePseudotime.examples()["dpt"]
+    with pytest.raises(ConfigError, match="row numbers of cells"):
+        diffbio.gradients(op, {key: np.asarray(value) for key, value in data.items()}, batch_size=4, n_batches=2)

@@ -218,6 +218,12 @@ def test_a_part_between_those_of_the_stages_is_started_before_the_next_one_reads
     assert seen == [True]
 
 
+def test_a_chain_of_frozen_parts_has_nothing_to_train():
+    toy = Toy(ToyConfig(n_genes=N_GENES, n_latent=N_LATENT), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        diffbio.fit(Chain([Part(toy, frozen=True)]), {"counts": cells()["counts"]}, stages=[Stage()], progress=False)
+
+
 def test_a_stage_that_fails_lets_go_of_parts_and_terms():
     def broken(latent):
         raise ZeroDivisionError

@@ -162,6 +162,9 @@ class _Run:
         """Starts what has not been started, and trains."""
         chain = self.chain
         learning = stage.parts or tuple(name for name in chain.names if name not in chain.frozen)
+        if not learning:
+            msg = f"fit: stage {stage.name!r} has nothing to train: all parts are frozen."
+            raise ConfigError(msg)
         last = max(chain.names.index(name) for name in learning)
         before = [name for name in chain.names[:last] if not hasattr(chain[name], "objective")]  # no stage is theirs
         self.start([*learning, *before])

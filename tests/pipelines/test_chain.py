@@ -291,6 +291,15 @@ def test_one_loss_of_the_users_trains_the_chain():
     assert "spread" in history.rows[-1]
 
 
+@pytest.mark.parametrize("terms", [None, ("vae_normalizer",)], ids=["alone", "as a loss of the chain"])
+def test_a_users_schedule_reaches_the_part(terms):
+    asked = []
+    fixed = {"vae_normalizer.kl_weight": lambda epoch: asked.append(epoch) or 0.5}
+    stage = Stage(parts="vae_normalizer", terms=terms, max_epochs=1, validation=0.0)
+    diffbio.fit(Chain([vae()]), cells(), stages=[stage], schedules=fixed, progress=False)
+    assert asked
+
+
 def test_what_cannot_work_is_refused():
     data = {"counts": cells()["counts"]}
     with pytest.raises(ConfigError, match=r"'weigth\.toy' schedules nothing"):

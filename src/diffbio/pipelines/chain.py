@@ -179,7 +179,7 @@ class Chain(Operator):
             ConfigError: `scheduled` names no part or term.
             MissingKeyError: a key that a term reads is absent.
         """
-        self._check_scheduled(scheduled)
+        self.check_scheduled(scheduled)
         result: Data = {**data, **self._inputs(data)}
         asked = [term for term in self.terms if self.active is None or term.name in self.active]
         own = {term.part: term for term in asked if isinstance(term, Own)}
@@ -206,7 +206,12 @@ class Chain(Operator):
         places = [self._term_names.index(term.name) for term in asked]
         return balanced(values, weights, None if learned is None else learned[jnp.asarray(places, int)])
 
-    def _check_scheduled(self, scheduled: Mapping[str, Any]) -> None:
+    def check_scheduled(self, scheduled: Mapping[str, Any]) -> None:
+        """Refuses a schedule of what is not there.
+
+        Raises:
+            ConfigError: naming it, and what there is.
+        """
         for name in scheduled:
             start, _, rest = name.partition(".")
             if not (start in self.names and rest) and not (start == "weight" and rest in self._term_names):

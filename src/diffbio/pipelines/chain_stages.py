@@ -101,10 +101,11 @@ def fit_chain(
     `settings` are the user's, for every stage that does not say otherwise itself.
 
     Raises:
-        ConfigError: a stage names a part or term that is not there, or has nothing to train.
+        ConfigError: a stage or a schedule names a part or term that is not there, or a stage has nothing to train.
     """
     planned = default_stages(chain) if stages is None else tuple(stages)
     check_stages(chain, planned)
+    chain.check_scheduled(schedules or {})
     reference = in_memory(source, REFERENCE_CELLS, seed=int(settings.get("seed", 0)))
     run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
     if stages is not None:  # a schedule goes on from what is there
@@ -183,7 +184,7 @@ class _Run:
         chosen = self.settings_of(stage, JOINT)
         self.check_balance(terms)
         together = self.together(stage, terms, chosen)
-        self.run(chain, self.source, chosen, label, together, held=True, rates=rates_of(stage))
+        self.run(chain, self.source, chosen, label, together, schedules=self.schedules or {}, rates=rates_of(stage))
         for name in learning:
             part = chain[name]
             part.mark_fitted()
@@ -255,7 +256,9 @@ class _Run:
         prepared = type(part).for_training is not Operator.for_training
         source = self.source if streamed and not prepared else self.source_of(name)
         sampler = part.sampler(gathered(source, None)) if hasattr(part, "sampler") else None
-        self.run(part, source, self.settings_of(stage, part.fit_defaults, name), label, sampler, held=False)
+        chosen = self.settings_of(stage, part.fit_defaults, name)
+        given = {k.removeprefix(f"{name}."): s for k, s in (self.schedules or {}).items() if k.startswith(f"{name}.")}
+        self.run(part, source, chosen, label, sampler, schedules=given)
         if hasattr(part, "finish_from"):
             part.finish_from(positions_of(part, source))
 
@@ -277,8 +280,8 @@ class _Run:
         return Settings(**{**preferred, **self.settings, **own})
 
     def run(
-        self, model: Operator, source: Source, chosen: Settings, label: str, sampler: Sampler | None, *, held: bool,
-        rates: Mapping[str, float] | None = None,
+        self, model: Operator, source: Source, chosen: Settings, label: str, sampler: Sampler | None, *,
+        schedules: Mapping[str, Schedule], rates: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         """The training loop, with what does not learn held where it is; `rates` by the names of parts."""
         folder = None if self.checkpoint is None else Path(self.checkpoint) / label
@@ -287,8 +290,7 @@ class _Run:
             optimizer = part_by_part(rates, optimizer)
         if model.held_in_fit:
             optimizer = all_but(model.held_in_fit, optimizer)
-        given = {f: s for f, s in (self.schedules or {}).items() if held}
-        own = {**getattr(model, "schedules", {}), **given}
+        own = {**getattr(model, "schedules", {}), **schedules}
         history = train(
             model, source, chosen, optimizer=optimizer, sampler=sampler, schedules=own, checkpoint=folder,
             resume=self.resume and folder is not None and storage.exists(folder), force=self.force,

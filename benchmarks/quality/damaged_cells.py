@@ -34,9 +34,10 @@ class Damaged(NamedTuple):
     genes: np.ndarray
 
 
-def damaged(name: str, seed: int, *, n_genes: int = 2000) -> Damaged:
+def damaged(name: str, seed: int, half: int = 0, *, n_genes: int = 2000) -> Damaged:
     """The cells of `name` after the damage, in random halves; the most expressed genes of the seen half.
 
+    half: which of the two halves is seen, 0 or 1. Damage and halves do not depend on it.
     Thinning is binomial. A dying cell keeps all molecules of the mitochondria and LEAKED of the others. A near-empty
     droplet holds LEFT of its cell and for the rest molecules drawn from the soup: the file's measured ambient profile,
     else the mean of all cells; its label is that of its cell, as where types come from hashtags or sorting.
@@ -67,6 +68,7 @@ def damaged(name: str, seed: int, *, n_genes: int = 2000) -> Damaged:
     for row in np.flatnonzero(state == DROPLET):
         cells[row] += rng.multinomial(round(DEPTH * rng.uniform(*SOUP)), profile / profile.sum())
     halves = np.array_split(rng.permutation(len(cells)), 2)
+    halves = halves[::-1] if half else halves
     seen = cells[halves[0]]
     held = (seen > 0).sum(axis=0) >= FEWEST
     chosen = np.sort(np.argsort(-seen.sum(axis=0) * held, kind="stable")[:n_genes])

@@ -2,27 +2,29 @@
 
     uv run python -m benchmarks.quality.trained_as_one --rows preprocessing
 
-Cells of `damaged_cells`, half of them with types, the other half never seen in training. Chain: quality filter
+Cells of `damaged_cells`, half of them with types, the other half never seen in training; each half is the seen one in
+turn, and a seed's figure is the mean of both. Chain: quality filter
 (weights) -> diffusion imputer -> library size normaliser -> stochastic gates of the genes. Behind it, in every arm, one
 kernel classifier: each seen cell votes for its type by its weight from the filter, a type's votes are divided by its
 total weight. Unseen cells are diffused among themselves, and are called by the seen ones; of four widths of the kernel
 the one with the least loss is taken. Scored are cells, intact or dying, not the near-empty droplets.
 
-The loss sees the seen half only: its cells are put in two folds, each with a graph of its own, and those of one fold
-are called by those of the other, so that no cell is smoothed together with the cells that call it. It is the cross
+The loss sees the seen half only: its cells are divided into two folds, each with a graph of its own, and those of one
+fold are called by those of the other, so that no cell is smoothed together with the cells that call it. It is the cross
 entropy, mean of the types' means, with 10 % of doubt in the labels (in the manner of neighbourhood components,
 Goldberger et al. 2005). A cell that the filter leaves out costs what guessing costs: a filter that drops all that is
 difficult gains nothing.
 
 - tutorial thresholds: 200 to 2,500 genes, 5 % mitochondrial; t = 3; the 1,000 most variable of 2,000 genes.
 - MAD thresholds: those with which the quality filter starts (5 and 3 median absolute deviations); the rest the same.
-- grid: hard thresholds x t x number of variable genes (2,000 points in random order), the least loss among those that
-  fit into the CPU-seconds that "joint" took, its coarse search included.
-- joint: a coarse search, which is the first 24 points of that same order, then the gradient from the best of them: its
+- grid: hard thresholds x t x number of variable genes (2,000 points in random order), the least loss of one division
+  into folds among those that fit into the CPU-seconds that "joint" took, its coarse search and divisions included.
+- joint: a coarse search, which is the first points of that same order, then the gradient from the best of them: its
   genes open and the others nearly closed, its thresholds made soft, all parameters by the loss plus a price of open
-  gates.
-- stage-wise: the operators of "joint" from the same start, each by its own objective on what the ones before give, as
-  long as each prefers (about as long as "joint").
+  gates. Each step takes the next of several divisions into folds, so that the gates cannot fit one of them; the
+  parameters are the mean of those after the last steps.
+- stage-wise: the operators of "joint" from the same start, each by its own objective on what the ones before give, for
+  half as many epochs again as each prefers (about as long as "joint").
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +53,10 @@ ARMS = ("tutorial thresholds", "MAD thresholds", "grid", "stage-wise", "joint")
 BEAT = ("tutorial thresholds", "MAD thresholds", "grid", "stage-wise")
 
 N_GENES, TOP = 2000, 1000
-EPOCHS = 25
+DIVISIONS = 4  # of the seen cells into two folds
+STEPS = 24  # of the gradient
+LAST = 8  # steps whose parameters are averaged
+LONGER = 1.5  # times the epochs that each operator of "stage-wise" prefers
 FIRST = 24  # points of the grid, from the best of which the gradient starts
 OPEN, CLOSED = 1.0, -0.3  # where gates start: with noise of 0.5, one in four of the closed ones opens in a step
 SOFT = 0.5  # of the thresholds in training, in median absolute deviations
@@ -70,15 +75,17 @@ GRID = (
 
 
 class Problem(NamedTuple):
-    """A damaged data set, ready for the chain."""
+    """A damaged data set of which one half is seen, ready for the chain."""
 
     seen: dict[str, np.ndarray]
-    folds: dict[str, np.ndarray]  # the seen cells in two folds, each with a graph of its own
+    divisions: list[dict[str, jax.Array]]  # the seen cells in two folds, each with a graph of its own
     unseen: dict[str, np.ndarray]
     types: np.ndarray  # of the unseen cells
     real: np.ndarray  # which of them are cells
     order: np.ndarray  # genes, the most variable first
     n_types: int
+    draw: int  # seed of everything that an arm draws
+    spent: float  # CPU-seconds that the divisions but the first took: a part of what "joint" costs
 
 
 class Setting(NamedTuple):
@@ -123,19 +130,26 @@ def cross_entropy(probabilities: Any, weight: Any, label: Any) -> Any:
     return ((lost @ types) / jnp.maximum(number, 1)).sum() / (number > 0).sum()
 
 
-def problem(name: str, seed: int) -> Problem:
-    """The data; the graph of the cells is made once per half, by MAGIC's components of the counts."""
+def problem(name: str, seed: int, half: int) -> Problem:
+    """The data; the graph of the cells is made once per half and division, by MAGIC's components of the counts."""
     from scipy import sparse
 
     from diffbio.data.genes import highly_variable_genes
 
-    data = damaged(name, seed, n_genes=N_GENES)
+    data = damaged(name, seed, half, n_genes=N_GENES)
     scores = highly_variable_genes(sparse.csr_matrix(data.seen.counts), n_top_genes=TOP)["variances_norm"].to_numpy()
-    fold = np.random.default_rng([seed, 5]).permutation(len(data.seen.types)) % 2
+    rng = np.random.default_rng([seed, half, 5])
+    divisions, began = [], 0.0
+    for number in range(DIVISIONS):
+        made = prepared(data.seen, rng.permutation(len(data.seen.types)) % 2)
+        divisions.append({key: jnp.asarray(value) for key, value in made.items()})
+        began = began if number else time.process_time()
+    spent = time.process_time() - began
     return Problem(
-        prepared(data.seen), prepared(data.seen, fold),
+        prepared(data.seen), divisions,
         prepared(data.unseen), data.unseen.types, data.unseen.state != DROPLET,
         np.argsort(-scores, kind="stable"), int(max(data.seen.types.max(), data.unseen.types.max())) + 1,
+        2 * seed + half, spent,
     )  # fmt: skip
 
 
@@ -186,9 +200,9 @@ def chain_of(gates: np.ndarray, n_types: int, seed: int) -> Any:
     return Chain(parts, terms=[Term("task", task, reads=("gated", "cell_weights", "label", "fold")), price])
 
 
-def start(p: Problem, seed: int) -> Any:
+def start(p: Problem) -> Any:
     """The chain with the operators' own start."""
-    chain = chain_of(gates_of(p, TOP), p.n_types, seed)
+    chain = chain_of(gates_of(p, TOP), p.n_types, p.draw)
     chain["quality"].init_from(p.seen)
     for name in chain.names:
         chain[name].mark_fitted()
@@ -216,10 +230,10 @@ def put(chain: Any, p: Problem, s: Setting) -> None:
     chain["gates"].mu[...] = jnp.asarray(gates_of(p, s.n_top))
 
 
-def grid(seed: int) -> Iterator[Setting]:
+def grid(draw: int) -> Iterator[Setting]:
     """All points, in random order."""
     points = [Setting(*point) for point in itertools.product(*GRID)]
-    return iter([points[i] for i in np.random.default_rng([seed, 7]).permutation(len(points))])
+    return iter([points[i] for i in np.random.default_rng([draw, 7]).permutation(len(points))])
 
 
 def opened(chain: Any, p: Problem, s: Setting) -> None:
@@ -239,17 +253,16 @@ def opened(chain: Any, p: Problem, s: Setting) -> None:
     chain["gates"].mu[...] = jnp.where(jnp.asarray(gates_of(p, s.n_top)) > 0, OPEN, CLOSED)
 
 
-def searched(p: Problem, seed: int, points: Iterator[Setting], seconds: float) -> tuple[Any, Setting, int]:
+def searched(p: Problem, points: Iterator[Setting], seconds: float) -> tuple[Any, Setting, int]:
     """The chain at the point of the least loss on the seen half, it, and how many fitted into the CPU-seconds."""
     began = time.process_time()
-    chain = start(p, seed)
+    chain = start(p)
     graph = nnx.graphdef(chain)
-    folds = {key: jnp.asarray(value) for key, value in p.folds.items()}
     loss = jax.jit(lambda state, data: nnx.merge(graph, state).objective(data)[1]["task"])
     best, at, n = np.inf, Setting(), 0
     for point in points:
         put(chain, p, point)
-        found = float(loss(nnx.state(chain), folds))
+        found = float(loss(nnx.state(chain), p.divisions[0]))
         n += 1
         if found < best:
             best, at = found, point
@@ -259,34 +272,60 @@ def searched(p: Problem, seed: int, points: Iterator[Setting], seconds: float) -
     return chain, at, n
 
 
-def coarse(p: Problem, seed: int) -> Any:
+def coarse(p: Problem) -> Any:
     """The chain at the best of the first points of the grid, ready for the gradient."""
-    chain, at, _ = searched(p, seed, itertools.islice(grid(seed), FIRST), math.inf)
+    chain, at, _ = searched(p, itertools.islice(grid(p.draw), FIRST), math.inf)
     opened(chain, p, at)
     return chain
 
 
-def stage_wise(p: Problem, seed: int) -> Any:
+def stage_wise(p: Problem) -> Any:
     """Each operator by its own objective."""
     import diffbio
     from diffbio.pipelines import Stage
 
-    chain = coarse(p, seed)
+    chain = coarse(p)
     graph = ("embeddings", "neighbor_indices")  # these know the molecules that the imputer's objective holds out
     data = {key: value for key, value in p.seen.items() if key not in graph}
-    stages = [Stage(parts=(name,)) for name in ("quality", "imputer", "gates")]
-    diffbio.fit(chain, data, seed=seed, stages=stages, progress=False)
+    epochs = {name: round(LONGER * chain[name].fit_defaults["max_epochs"]) for name in RATES}
+    stages = [Stage(parts=(name,), max_epochs=number) for name, number in epochs.items()]
+    diffbio.fit(chain, data, seed=p.draw, stages=stages, progress=False)
     return chain
 
 
-def joint(p: Problem, seed: int, epochs: int = EPOCHS) -> Any:
-    """All parameters by the task's loss."""
-    import diffbio
-    from diffbio.pipelines import Stage
+def joint(p: Problem) -> Any:
+    """All parameters by the task's loss, of one division after the other."""
+    import optax
 
-    chain = coarse(p, seed)
-    stage = Stage(max_epochs=epochs, learning_rate=RATES)
-    diffbio.fit(chain, p.folds, seed=seed, stages=[stage], progress=False)
+    from diffbio.pipelines.chain_stages import part_by_part
+
+    chain = coarse(p)
+    chain.train_mode()
+    parts: tuple[Any, ...] = nnx.split(chain, nnx.Param, ...)
+    graph, params, rest = parts
+    optimizer = part_by_part(RATES, optax.set_to_zero())
+
+    @jax.jit
+    def step(params: Any, rest: Any, state: Any, data: Any) -> Any:
+        def loss(params: Any) -> Any:
+            model = nnx.merge(graph, params, rest, copy=True)
+            kept: tuple[Any, ...] = nnx.split(model, nnx.Param, ...)
+            return model.objective(data)[0], kept[2]
+
+        (value, rest), slope = jax.value_and_grad(loss, has_aux=True)(params)
+        # as diffbio.fit does: a step that is not finite is left out
+        good = jnp.stack([jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(slope))]).all()
+        moved, after = optimizer.update(slope, state, params)
+        found, kept = (optax.apply_updates(params, moved), after), (params, state)
+        params, state = jax.tree.map(lambda new, old: jnp.where(good, new, old), found, kept)
+        return params, rest, state
+
+    state, seen = optimizer.init(params), []
+    for number in range(STEPS):
+        params, rest, state = step(params, rest, state, p.divisions[number % DIVISIONS])
+        seen.append(params)
+    nnx.update(chain, jax.tree.map(lambda *steps: sum(steps) / LAST, *seen[-LAST:]))
+    chain.eval_mode()
     return chain
 
 
@@ -299,14 +338,18 @@ def scored(chain: Any, p: Problem) -> tuple[float, float]:
         found = nnx.merge(graph, state).apply(data)[0]
         return found["gated"], found["cell_weights"]
 
-    def of(data: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    def of(data: Mapping[str, Any]) -> tuple[Any, Any]:
         return run(state, {key: jnp.asarray(value) for key, value in data.items() if key not in ("label", "fold")})
 
     (to, weight), (at, _) = of(p.seen), of(p.unseen)
     label = jnp.asarray(p.seen["label"]).astype(int)
-    folds = (*of(p.folds), label, jnp.asarray(p.folds["fold"]))
-    losses = [float(crossed(*folds, width, p.n_types)) for width in WIDTHS]
-    width = WIDTHS[int(np.argmin(losses))]
+
+    @jax.jit
+    def losses(gated: Any, weight: Any, fold: Any) -> Any:
+        return jnp.stack([crossed(gated, weight, label, fold, width, p.n_types) for width in WIDTHS])
+
+    total = np.stack([losses(*of(data), data["fold"]) for data in p.divisions]).sum(axis=0)
+    width = WIDTHS[int(np.argmin(total))]
     found = votes(at, to, weight, label, width, p.n_types)[np.flatnonzero(p.real)]
     called, types = np.asarray(found).argmax(axis=1), p.types[p.real]
     recall = float(np.mean([(called[types == t] == t).mean() for t in np.unique(types)]))
@@ -327,27 +370,35 @@ def learned(chain: Any, p: Problem) -> dict[str, float]:
 
 
 def measured(name: str, seed: int) -> dict[str, float]:
-    """Accuracy of every arm, CPU-seconds of the trained and searched ones, and what they ended at."""
-    p = problem(name, seed)
-    row: dict[str, float] = {}
-    chain = start(p, seed)
-    row["MAD thresholds"], row["loss_MAD thresholds"] = scored(chain, p)
-    row |= {f"{key}_MAD thresholds": round(value, 4) for key, value in learned(chain, p).items()}
-    put(chain, p, Setting())
-    row["tutorial thresholds"], row["loss_tutorial thresholds"] = scored(chain, p)
+    """Of every arm, the mean accuracy of both halves; of each half, its accuracy, CPU-seconds, and what it ended at."""
+    halves = [of_half(name, seed, half) for half in (0, 1)]
+    row = {key: float(np.mean([found[key] for found in halves])) for arm in ARMS for key in (arm, f"loss_{arm}")}
+    return row | {f"{key} of half {half}": value for half, found in enumerate(halves) for key, value in found.items()}
 
-    def note(arm: str, chain: Any, began: float) -> float:
-        spent = time.process_time() - began
+
+def of_half(name: str, seed: int, half: int) -> dict[str, float]:
+    """The same with one of the halves as the seen one."""
+    p = problem(name, seed, half)
+    row: dict[str, float] = {}
+
+    def note(arm: str, chain: Any, spent: float) -> None:
         (row[arm], row[f"loss_{arm}"]), row[f"cpu_{arm}"] = scored(chain, p), round(spent, 1)
         row.update({f"{key}_{arm}": round(value, 4) for key, value in learned(chain, p).items()})
-        print(f"  {name} seed {seed} {arm}: {row[arm]:.3f}, {spent:.0f} CPU-s", file=sys.stderr, flush=True)
-        return spent
+        told = f"{name} seed {seed} half {half} {arm}: {row[arm]:.3f}, {row[f'loss_{arm}']:.3f}, {spent:.0f} CPU-s"
+        print(f"  {told}", file=sys.stderr, flush=True)
 
+    chain = start(p)
+    note("MAD thresholds", chain, 0.0)
+    put(chain, p, Setting())
+    note("tutorial thresholds", chain, 0.0)
     began = time.process_time()
-    spent = note("joint", joint(p, seed), began)
+    chain = joint(p)
+    spent = p.spent + time.process_time() - began
+    note("joint", chain, spent)
     began = time.process_time()
-    chain, _, row["points_grid"] = searched(p, seed, grid(seed), spent)
-    note("grid", chain, began)
+    chain, _, row["points_grid"] = searched(p, grid(p.draw), spent)
+    note("grid", chain, time.process_time() - began)
     began = time.process_time()
-    note("stage-wise", stage_wise(p, seed), began)
+    chain = stage_wise(p)
+    note("stage-wise", chain, time.process_time() - began)
     return row

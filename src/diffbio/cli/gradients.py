@@ -14,10 +14,13 @@ from .streams import say
 TABLE, FIGURE = "gradients.csv", "gradients.png"
 SHOWN = {
     "parameters": "{:.0f}",
+    "out": "{:.3g}",
+    "into": "{:.3g}",
     "gain": "{:.3g}",
     "condition": "{:.3g}",
     "silent": "{:.0%}",
     "signal_to_noise": "{:.2f}",
+    "agreement": "{:.2f}",
 }
 
 
@@ -56,11 +59,10 @@ def gradients(
         analysis = project(cells, model, **given)
     found = measured(analysis.pipeline, analysis.prepared.source, seed=seed)
     width = max(map(len, found.index))
-    say(" ".join([" " * width, *(f"{name:>15}" for name in SHOWN), "verdict"]))
+    say(" ".join([" " * width, *(f"{name:>{wide(name)}}" for name in SHOWN), "verdict"]))
     for name, row in found.iterrows():
-        say(
-            " ".join([f"{name:<{width}}", *(f"{form.format(row[c]):>15}" for c, form in SHOWN.items()), row["verdict"]])
-        )
+        cells_of = (f"{form.format(row[column]):>{wide(column)}}" for column, form in SHOWN.items())
+        say(" ".join([f"{name:<{width}}", *cells_of, row["verdict"]]))
     if figures is not None:
         from ..pl.gradients import gradients as draw
         from ..report.figures import drawing, png, write_whole
@@ -69,3 +71,8 @@ def gradients(
             write_whole(figures / FIGURE, png(draw(found)[0].figure))
         write_whole(figures / TABLE, found.to_csv().encode())
         say(f"wrote {figures / TABLE}, {figures / FIGURE}")
+
+
+def wide(name: str) -> int:
+    """Width of a column."""
+    return max(9, len(name))

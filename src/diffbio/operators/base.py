@@ -130,12 +130,18 @@ class Operator(nnx.Module):
     init_cells: ClassVar[int | None] = None  # how many cells init_from wants to see at most; None: all
     cell_numbers: ClassVar[frozenset[str]] = frozenset()  # inputs that hold row numbers of cells
     graph_of_cells: ClassVar[bool] = False  # what it gives for a cell hangs on which other cells are there
+    batches_by_place: ClassVar[bool] = False  # `objective` reads a minibatch by place: only its `sampler` draws it
     sparse_keys: ClassVar[frozenset[str]] = frozenset()  # inputs that `objective` takes as `SparseRows` too
     held_in_fit: tuple[str, ...] = ()  # paths of parameters that diffbio.fit leaves where init_from has set them
     fit_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of diffbio.fit that suit the method
 
     if typing.TYPE_CHECKING:
         __call__: Callable[..., Any]  # each subclass declares its own keys and shapes
+
+    @property
+    def names_cells(self) -> bool:
+        """Whether a setting is the row number of a cell: minibatches do not keep those."""
+        return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,6 +1,7 @@
 """Any operators joined into one, by the keys that they declare."""
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ class Chain(Operator):
 
         Raises:
             ConfigError: a key that a part needs is given by none before it, naming who could give it; kinds or
-                numbers of axes of the two sides differ; two parts have one name; a term reads what nobody gives.
+                numbers of axes of the two sides differ; two parts have one name or operator; a term reads what
+                nobody gives.
         """
         named = [part if isinstance(part, Part) else Part(part) for part in parts]
         if not named:
@@ -60,6 +62,9 @@ class Chain(Operator):
         names = [part.name for part in named]
         if double := sorted({name for name in names if names.count(name) > 1}):
             msg = f"Chain: {names.count(double[0])} parts are called {double[0]!r}; name them: Part(op, name=...)."
+            raise ConfigError(msg)
+        if len({id(part.operator) for part in named}) < len(named):
+            msg = "Chain: one operator stands in two parts, which would share its weights; make a second one."
             raise ConfigError(msg)
         if balance not in BALANCES:
             msg = f"Chain: balance must be one of {', '.join(map(repr, BALANCES))}, got {balance!r}."
@@ -76,6 +81,7 @@ class Chain(Operator):
         self.log_variances = nnx.data(nnx.Param(jnp.zeros(n_terms)) if balance == "uncertainty" and n_terms else None)
         self.learning: tuple[str, ...] | None = None  # of the stage that runs: parts; None is all but the frozen ones
         self.active: tuple[str, ...] | None = None  # and terms; None is all
+        self.stage: str = ""  # and what else of it a checkpoint has to match
         self.fitted = all(part.operator.fitted for part in named)
 
     def __getitem__(self, name: str) -> Operator:
@@ -98,7 +104,8 @@ class Chain(Operator):
         local = {term.name: " local" for term in self.terms if isinstance(term, Own) and term.local}
         terms = [f"{term.name} x {term.weight:g}{local.get(term.name, '')}" for term in self.terms]
         wires = [list(wire[:3]) for wire in self.wires]  # what is frozen may change between runs
-        return json.dumps({"parts": parts, "terms": terms, "balance": self.balance, "wires": wires})
+        stage = {"stage": [self.learning, self.active, self.stage]} if self.stage else {}
+        return json.dumps({"parts": parts, "terms": terms, "balance": self.balance, "wires": wires, **stage})
 
     @property
     def requires(self) -> dict[str, Any]:  # type: ignore[override]
@@ -122,6 +129,11 @@ class Chain(Operator):
     def cell_numbers(self) -> frozenset[str]:  # type: ignore[override]
         """Inputs that hold row numbers of cells."""
         return frozenset(key for wire in self.wires for own, key in wire.reads if own in self[wire.name].cell_numbers)
+
+    @property
+    def names_cells(self) -> bool:
+        """Whether a part's setting is the row number of a cell."""
+        return any(self[name].names_cells for name in self.names)
 
     @property
     def graph_of_cells(self) -> bool:  # type: ignore[override]
@@ -214,9 +226,12 @@ class Chain(Operator):
         """
         for name in scheduled:
             start, _, rest = name.partition(".")
-            if not (start in self.names and rest) and not (start == "weight" and rest in self._term_names):
+            taken = keywords_of(self[start]) if start in self.names else ()
+            if rest not in taken and not (start == "weight" and rest in self._term_names):
                 msg = f"Chain: {name!r} schedules nothing; there are the parts {', '.join(self.names)} "
                 msg += f"(<part>.<keyword>) and the terms {', '.join(self._term_names)} (weight.<term>)."
+                if start in self.names:
+                    msg += f" The objective of {start!r} takes {', '.join(taken) or 'no keywords'}."
                 raise ConfigError(msg)
 
     def train_mode(self) -> None:
@@ -279,6 +294,7 @@ class Chain(Operator):
         Args:
             path: the folder.
             terms: losses to go on training with; None takes those of the saved ones that are parts' own objectives.
+                They may read further keys of the data.
 
         Raises:
             ModelFileError: the folder is damaged, or holds something else.
@@ -298,6 +314,9 @@ class Chain(Operator):
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             msg = f"load: {path} does not describe a Chain: {error}"
             raise ModelFileError(msg) from error
+        given = {part.writes.get(key, key) for part in parts for key in part.operator.provided()}
+        read = [key for term in terms or () if isinstance(term, Term) for key in term.reads or ()]
+        inputs = [*inputs, *dict.fromkeys(key for key in read if key not in (*given, *inputs))]
         chain = cls(parts, terms=own if terms is None else terms, inputs=inputs, balance=balance)
         if [term.name for term in chain.terms] != [name for name, *_ in saved]:
             arrays.pop("log_variances", None)  # a balance of other terms says nothing
@@ -332,6 +351,12 @@ class Chain(Operator):
             self[wire.name]._check_axes(own)
             written |= {key for _, key in wire.writes}
         return found
+
+
+def keywords_of(part: Operator) -> tuple[str, ...]:
+    """What a schedule of the part's objective may be called."""
+    taken = inspect.signature(part.objective).parameters if hasattr(part, "objective") else {}
+    return tuple(name for name, parameter in taken.items() if parameter.kind == inspect.Parameter.KEYWORD_ONLY)
 
 
 def _read(wire: Wire, part: Operator, result: Data) -> Data:

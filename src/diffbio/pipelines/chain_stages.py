@@ -1,8 +1,8 @@
 """How a chain is trained: which parts learn, for how long, with which losses, as data."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,16 @@ from flax import nnx
 
 from .. import storage
 from ..data.source import ArraySource, Source
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingKeyError
 from ..fitting import gathered, optimizer_of, positions_of
 from ..history import History
-from ..math.linalg import pca
-from ..math.neighbors import knn
 from ..operators.all_cells import AllCells
-from ..operators.base import Operator, axes, is_float
+from ..operators.base import Operator, axes
 from ..train import Sampler, Schedule, Settings, batch_of, dense_on_device, train
-from .inference import in_memory, joined, map_chunks
-from .stages import PerCell
-from .terms import Own
+from .chain_cells import Neighborhoods, points_of, read_by
+from .inference import in_memory
+from .stages import PerCell, forget
+from .terms import Own, Term
 
 if TYPE_CHECKING:
     from .chain import Chain
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 REFERENCE_CELLS = 50_000
 JOINT = {"max_epochs": 20, "batch_size": 256, "learning_rate": 3e-4, "validation": 0.0}  # refines, does not undo
 MINIBATCHES = ("random", "neighborhoods", "all")
-N_NEIGHBORS, N_COMPONENTS = 15, 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,8 @@ class Stage:
     terms: names of the losses; None: for a single part its own objective, else all of the chain's.
     max_epochs, batch_size, learning_rate, validation, patience: as of `diffbio.fit`; None is what the part prefers,
         and for several parts `chain_stages.JOINT`. learning_rate may be a dict by the parts' names, for three numbers
-        of one part want larger steps than ten thousand weights of another; parts not in it have the rate of `JOINT`.
+        of one part want larger steps than ten thousand weights of another; parts not in it have that of
+        `diffbio.fit`, else what is preferred.
     minibatches: which cells come together. "random"; "neighborhoods", patches of neighbouring cells in what the first
         part on a graph reads: there a part on a graph sees each cell's neighbours, and cuts the graph at the rim of the
         patch; "all", one batch of all cells: exact, with memory for all of them. None: "all" up to batch_size cells;
@@ -76,7 +75,7 @@ class Stage:
 
 def default_stages(chain: "Chain") -> tuple[Stage, ...]:
     """Every part by its own objective on what the ones before give, then all jointly."""
-    alone = tuple(Stage(parts=(name,)) for name in chain.names if chain.learns(name))
+    alone = tuple(Stage(parts=(name,)) for name in chain.names if chain.learns(name) and can_learn(chain[name]))
     own_alone = len(chain.names) == 1 and all(isinstance(term, Own) for term in chain.terms)
     return alone if own_alone or not chain.terms else (*alone, Stage())
 
@@ -102,12 +101,20 @@ def fit_chain(
 
     Raises:
         ConfigError: a stage or a schedule names a part or term that is not there, or a stage has nothing to train.
+        MissingKeyError: a loss of a stage reads what neither the data nor a part gives.
     """
     planned = default_stages(chain) if stages is None else tuple(stages)
-    check_stages(chain, planned)
+    check_stages(chain, planned, source.keys)
     chain.check_scheduled(schedules or {})
     reference = in_memory(source, REFERENCE_CELLS, seed=int(settings.get("seed", 0)))
+    if optimizer is not None and any(rates_of(stage) for stage in planned):
+        msg = "fit: optimizer= and a learning_rate by parts in a stage contradict each other; leave one out."
+        raise ConfigError(msg)
     run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
+    if checkpoint is not None and not resume:
+        forget(Path(checkpoint))
+    for stage in planned:  # says what is wrong before anything trains
+        run.settings_of(stage, JOINT, stage.parts[0] if stage.parts else "")
     if stages is not None:  # a schedule goes on from what is there
         run.started |= {name for name in chain.names if chain[name].fitted}
     try:
@@ -115,15 +122,31 @@ def fit_chain(
             run.stage(stage, f"{number + 1}-{stage.name}")
     finally:  # an interrupted stage must not go on holding parts and terms
         chain.learning = chain.active = None
+        chain.stage = ""
     run.start(chain.names, again=True)
     chain.fitted = all(chain[name].fitted for name in chain.names)
     chain.eval_mode()
     return History(run.rows, settings=run.chosen)
 
 
-def check_stages(chain: "Chain", stages: Sequence[Stage]) -> None:
-    """Refuses what names nothing; see `fit_chain`."""
+def read_last(chain: "Chain", terms: Sequence[Any]) -> int:
+    """Place of the last part of whose outputs a loss reads something; -1 if none does."""
+    read = [term.reads for term in terms if isinstance(term, Term)]
+    if None in read:
+        return len(chain.wires) - 1
+    keys = {key for some in read for key in some or ()}
+    return max((i for i, wire in enumerate(chain.wires) if keys & {key for _, key in wire.writes}), default=-1)
+
+
+def can_learn(part: Operator) -> bool:
+    """Whether a stage of that part alone does anything."""
+    return hasattr(part, "objective") or hasattr(part, "init_from")
+
+
+def check_stages(chain: "Chain", stages: Sequence[Stage], keys: Iterable[str]) -> None:
+    """Refuses what names nothing; see `fit_chain`. `keys` are those of the data."""
     known = [term.name for term in chain.terms]
+    there = {*keys, *chain.provided()}
     for stage in stages:
         for name in stage.parts:
             chain[name]  # says which there are
@@ -135,6 +158,17 @@ def check_stages(chain: "Chain", stages: Sequence[Stage]) -> None:
             if not rate > 0:
                 msg = f"fit: stage {stage.name!r}: learning_rate of {name!r} must be > 0, got {rate!r}."
                 raise ConfigError(msg)
+        single = len(stage.parts) == 1 and stage.terms is None
+        if single and not can_learn(chain[stage.parts[0]]):
+            msg = f"fit: stage {stage.name!r} has nothing to train: {stage.parts[0]!r} has neither an objective of its "
+            msg += "own nor a start from data; name the losses that train it: Stage(parts=..., terms=...)."
+            raise ConfigError(msg)
+        for term in () if single else chain.terms:
+            if isinstance(term, Term) and (stage.terms is None or term.name in stage.terms):
+                for key in term.reads or ():
+                    if key not in there:
+                        msg = f"fit: the loss {term.name!r} of stage {stage.name!r} needs data[{key!r}]; there is "
+                        raise MissingKeyError(msg + f"{', '.join(sorted(there))}.")
         for name in stage.terms or ():
             if name not in known:
                 msg = f"fit: stage {stage.name!r} names the loss {name!r}; the chain has {', '.join(known) or 'none'}."
@@ -166,10 +200,11 @@ class _Run:
         if not learning:
             msg = f"fit: stage {stage.name!r} has nothing to train: all parts are frozen."
             raise ConfigError(msg)
+        single = stage.parts[0] if len(stage.parts) == 1 and stage.terms is None else None
         last = max(chain.names.index(name) for name in learning)
         before = [name for name in chain.names[:last] if not hasattr(chain[name], "objective")]  # no stage is theirs
-        self.start([*learning, *before])
-        single = stage.parts[0] if len(stage.parts) == 1 and stage.terms is None else None
+        terms = [] if single else [term for term in chain.terms if stage.terms is None or term.name in stage.terms]
+        self.start([*learning, *before, *chain.names[last + 1 : read_last(chain, terms) + 1]])
         if single is not None:
             if hasattr(chain[single], "objective"):
                 self.alone(chain[single], single, stage, label)
@@ -177,13 +212,13 @@ class _Run:
             self.start([n for n in chain.names[last + 1 :] if n in self.started], again=True)
             return
         chain.learning, chain.active = learning, stage.terms
-        terms = [term for term in chain.terms if stage.terms is None or term.name in stage.terms]
+        chain.stage = json.dumps([stage.minibatches, rates_of(stage)])
         if not terms:
             msg = f"fit: stage {stage.name!r} has no loss: the chain's parts have no objective, and no terms are given."
             raise ConfigError(msg)
         chosen = self.settings_of(stage, JOINT)
-        self.check_balance(terms)
         together = self.together(stage, terms, chosen)
+        self.check_balance(terms, together)
         self.run(chain, self.source, chosen, label, together, schedules=self.schedules or {}, rates=rates_of(stage))
         for name in learning:
             part = chain[name]
@@ -193,8 +228,8 @@ class _Run:
         later = chain.names[min(chain.names.index(name) for name in learning) :]
         self.start([name for name in later if not hasattr(chain[name], "objective")], again=True)
 
-    def check_balance(self, terms: Sequence[Any]) -> None:
-        """Refuses a learned balance of terms that are not positive: it has no minimum.
+    def check_balance(self, terms: Sequence[Any], together: Sampler | None) -> None:
+        """Refuses a learned balance of terms that are negative on some of the cells: it has no minimum.
 
         Raises:
             ConfigError: naming the term.
@@ -203,13 +238,16 @@ class _Run:
         if chain.log_variances is None:
             return
         chain.eval_mode()
-        batch = dense_on_device(batch_of(self.source, np.arange(min(self.source.n_cells, 256))))
+        rng = np.random.default_rng(int(self.settings.get("seed", 0)))
+        n_cells = self.source.n_cells
+        every = rng.permutation(n_cells)[None, :256] if together is None else together.order(rng, 256)
+        batch = dense_on_device(batch_of(self.source, every[0]))
         graph, state = nnx.split(chain)
         found = jax.jit(lambda state, batch: nnx.merge(graph, state).objective(batch)[1])(state, batch)
         for term in terms:
-            if float(found[term.name]) <= 0:
+            if float(found[term.name]) < 0:
                 msg = f'fit: balance="uncertainty" needs positive losses, but {term.name!r} is {found[term.name]:.4g} '
-                msg += 'on the first cells; add a constant to it, or take balance="sum".'
+                msg += 'on some of the cells; add a constant to it, or take balance="sum".'
                 raise ConfigError(msg)
 
     def start(self, names: Sequence[str], *, again: bool = False) -> None:
@@ -223,35 +261,29 @@ class _Run:
             if name in names:
                 self.started.add(name)
 
+    def wire(self, name: str) -> "Wire":
+        """Of a part."""
+        return self.chain.wires[self.chain.names.index(name)]
+
     def read_by(self, name: str, n_cells: int | None = None) -> dict[str, np.ndarray]:
-        """What a part reads, of all reference cells (or at most n_cells of them), after one pass through those before.
+        """What a part reads, of all reference cells, or at most n_cells of them.
 
-        In chunks, unless one of those works on a graph of the cells: that sees all of them at once.
+        Raises:
+            ConfigError: it reads row numbers of cells, which a choice of them does not keep.
         """
-        chain = self.chain
-        chain.eval_mode()
-        source = in_memory(self.reference, n_cells or REFERENCE_CELLS, seed=int(self.settings.get("seed", 0)))
-        number = chain.names.index(name)
-        wire, before = chain.wires[number], chain.wires[:number]
-        whole = {key for own, key in wire.reads if axes(chain[name].requires[own])[:1] != ["cells"]}
-        graph, state = nnx.split(chain)
-
-        def read(state: Any, batch: Any) -> dict[str, jax.Array]:
-            result = through(nnx.merge(graph, state), before, dense_on_device(batch))
-            return {own: result[key] for own, key in wire.reads if key in result and key not in whole}
-
-        constants = {own: np.asarray(v) for own, key in wire.reads for k, v in source.take(np.arange(1)).items()
-                     if key in whole and k == key}  # fmt: skip
-        made = {key for earlier in before for _, key in earlier.writes}
-        if any(chain[earlier.name].graph_of_cells for earlier in before) or whole & made:
-            whole -= made
-            everything = batch_of(source, np.arange(source.n_cells))
-            return {**{key: np.asarray(value) for key, value in jax.jit(read)(state, everything).items()}, **constants}
-        return {**joined(map_chunks(read, state, source)), **constants}
+        part, n_all = self.chain[name], self.source.n_cells
+        numbered = [key for own, key in self.wire(name).reads if own in part.cell_numbers and key in self.source.keys]
+        if (numbered or part.names_cells) and (self.reference.n_cells < n_all or (n_cells or n_all) < n_all):
+            who = f"data[{numbered[0]!r}]" if numbered else f"the config of {name!r}"
+            msg = f"fit: {who} has row numbers of cells, and {n_all} cells are more than the {REFERENCE_CELLS} that a "
+            msg += "part sees at once; train on fewer cells."
+            raise ConfigError(msg)
+        some = in_memory(self.reference, n_cells or REFERENCE_CELLS, seed=int(self.settings.get("seed", 0)))
+        return read_by(self.chain, some, name)
 
     def alone(self, part: Operator, name: str, stage: Stage, label: str) -> None:
         """Trains a part by itself on what the ones before give: they run once, not at every step."""
-        wire = self.chain.wires[self.chain.names.index(name)]
+        wire = self.wire(name)
         streamed = not self.chain.names.index(name) and all(own == key for own, key in wire.reads)
         prepared = type(part).for_training is not Operator.for_training
         source = self.source if streamed and not prepared else self.source_of(name)
@@ -308,88 +340,35 @@ class _Run:
             if isinstance(term, Own) and hasattr(chain[term.part], "sampler") and term.part not in on_graph
         ]  # fmt: skip
         wanted = stage.minibatches
+        placed = [term.part for term in terms if isinstance(term, Own) and chain[term.part].batches_by_place]
         numbered = sorted(chain.cell_numbers & set(self.source.keys))
-        if numbered and (wanted not in (None, "all") or n_cells > REFERENCE_CELLS):
-            msg = (
-                f"fit: data[{numbered[0]!r}] holds row numbers of cells, which minibatches do not keep; leave it out, "
-            )
-            msg += f'or take minibatches="all" and at most {REFERENCE_CELLS} cells.'
+        who = f"data[{numbered[0]!r}]" if numbered else "a part's config" if chain.names_cells else ""
+        if placed and (wanted is not None or who or len(placed) > 1):
+            msg = f"fit: the objective of {placed[0]!r} reads pairs of neighbours, which it draws itself; in stage "
+            msg += f"{stage.name!r} leave out "
+            msg += f"minibatches={wanted!r}." if wanted else f"either it or {placed[1] if placed[1:] else who!r}."
             raise ConfigError(msg)
-        if numbered:
+        if who and (wanted not in (None, "all") or n_cells > REFERENCE_CELLS):
+            msg = f"fit: {who} holds row numbers of cells, which minibatches do not keep; leave it out, or take "
+            msg += f'minibatches="all" and at most {REFERENCE_CELLS} cells.'
+            raise ConfigError(msg)
+        if who:
             return AllCells(n_cells)
         if n_cells > REFERENCE_CELLS and (wanted == "neighborhoods" or (wanted is None and (paired or on_graph))):
             msg = f"fit: stage {stage.name!r} would choose which of {n_cells} cells come together, which it does for "
             msg += f'at most {REFERENCE_CELLS}; take minibatches="random", or fewer cells.'
             raise ConfigError(msg)
         if paired and wanted is None:
-            return PerCell(chain[paired[0]].sampler(self.read_by(paired[0])), n_cells)  # type: ignore[attr-defined]
+            first = (placed or paired)[0]
+            return PerCell(chain[first].sampler(self.read_by(first)), n_cells)  # type: ignore[attr-defined]
         if wanted is None and on_graph:
             wanted = "all" if n_cells <= chosen.batch_size else "neighborhoods"
         if wanted == "all":
             return AllCells(n_cells)
         if wanted == "neighborhoods":
             first = on_graph[0] if on_graph else chain.names[-1]
-            return Neighborhoods(_points(self.read_by(first), chain[first]))
+            return Neighborhoods(points_of(self.read_by(first), chain[first]))
         return None
-
-
-def through(chain: "Chain", wires: Sequence["Wire"], data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` and what these parts give."""
-    result = dict(data)
-    for wire in wires:
-        outputs = chain[wire.name].apply(wire.read(result))[0]
-        result |= wire.written(outputs)
-    return result
-
-
-def _points(read: Mapping[str, np.ndarray], part: Operator) -> np.ndarray:
-    """Where cells are, to say who is near whom: the first matrix that the part reads, at most 50 components of it."""
-    key = next(k for k, hint in part.requires.items() if k in read and is_float(hint) and len(axes(hint)) == 2)
-    points = np.asarray(read[key], np.float32)
-    if points.shape[1] <= N_COMPONENTS:
-        return points
-    depth = points.sum(axis=1, keepdims=True)
-    counts = bool((points >= 0).all() and (depth > 0).all())
-    points = np.log1p(points / depth * np.median(depth)) if counts else points
-    n_components = min(N_COMPONENTS, len(points) - 1)
-    return np.asarray(pca(points, n_components)[0])
-
-
-class Neighborhoods:
-    """Minibatches that are patches of neighbouring cells, so that a graph within one has most cells' neighbours.
-
-    Each epoch divides the cells anew: from a random cell that is still free, its free neighbours, theirs, and so on
-    until the patch is full. Cells at the rim of a patch lose neighbours: the approximation of this sampler.
-    """
-
-    def __init__(self, points: np.ndarray) -> None:
-        self.n_cells = len(points)
-        self.indices = knn(points, min(N_NEIGHBORS, self.n_cells - 1))[0]
-
-    def order(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """Row numbers (steps, batch_size); the last cells that do not fill a patch wait for the next epoch."""
-        size = min(batch_size, self.n_cells)
-        free = np.ones(self.n_cells, bool)
-        turns: Iterator[int] = iter(rng.permutation(self.n_cells))
-        patches = []
-        for _ in range(self.n_cells // size):
-            patch: list[int] = []
-            ahead: list[int] = []
-            while len(patch) < size:
-                if not ahead:
-                    ahead = [next(cell for cell in turns if free[cell])]
-                    free[ahead] = False
-                cell = ahead.pop(0)
-                patch.append(cell)
-                near = self.indices[cell]
-                near = near[free[near]]
-                free[near] = False
-                ahead += near.tolist()
-            free[ahead] = True  # seen, but of no place in this patch
-            patches.append(patch)
-            if ahead:
-                turns = itertools.chain(ahead, turns)
-        return np.array(patches)
 
 
 def rates_of(stage: Stage) -> dict[str, float]:

@@ -15,6 +15,9 @@ from ..fitting import source_for
 from ..operators.base import Operator, axes, mode_of
 from ..train import batch_of, dense_on_device, split
 from .chain import Chain
+from .chain_cells import read_by
+from .chain_stages import REFERENCE_CELLS
+from .inference import in_memory
 from .joining import Part, Wire
 from .single_cell import SingleCellPipeline
 from .terms import Own, Term, balanced
@@ -41,7 +44,8 @@ def gradients(
 ) -> "pd.DataFrame":
     """Measures, for every part, the gradient of the chain's loss that passes through it.
 
-    The loss is `chain.objective` where it has one, else the mean square of the last part's smooth outputs.
+    The loss is `chain.objective`, in eval mode, where it has one, else the mean square of the last part's smooth
+    outputs. Of a pipeline it is the sum of the own objectives of its parts; graph clustering is no part.
 
     Args:
         chain: a `Chain`, a `SingleCellPipeline`, or any operator; it is not changed.
@@ -67,7 +71,7 @@ def gradients(
         2 / sqrt(n_batches): the mean is less than twice what noise alone would make it), else "ok".
 
     Raises:
-        ConfigError: fewer than 2 minibatches, or data that holds row numbers of cells.
+        ConfigError: fewer than 2 minibatches, or data that holds row numbers of cells and more cells than batch_size.
         MissingKeyError, DataError: the data does not fit.
     """
     import pandas as pd
@@ -77,13 +81,16 @@ def gradients(
         raise ConfigError(msg)
     whole = as_chain(chain)
     source = source_for(whole, data, keys)
-    if numbered := sorted(whole.cell_numbers & set(source.keys)):
-        msg = f"gradients: data[{numbered[0]!r}] holds row numbers of cells, which minibatches do not keep; leave it "
-        msg += "out, or take a chain of the parts that do not read it."
+    source = in_memory(source, REFERENCE_CELLS, seed=seed) if placed_in(whole) else source
+    size = min(batch_size, source.n_cells)
+    numbered = sorted(whole.cell_numbers & set(source.keys))
+    if (numbered or whole.names_cells) and size < source.n_cells:
+        who = f"data[{numbered[0]!r}] holds" if numbered else "a part's config has"
+        msg = f"gradients: {who} row numbers of cells, which minibatches of {size} do not keep; pass "
+        msg += f"batch_size={source.n_cells}: all cells, of which every minibatch is then the same."
         raise ConfigError(msg)
     rng = np.random.default_rng(seed)
-    size = min(batch_size, source.n_cells)
-    batches = [batch_of(source, np.sort(rng.choice(source.n_cells, size, replace=False))) for _ in range(n_batches)]
+    batches = [batch_of(source, rows) for rows in minibatches(whole, source, rng, size, n_batches)]
     with mode_of(whole, training=False):
         graph, params, rest = split(whole)
     run = jax.jit(lambda params, batch: _measured(graph, params, rest, dense_on_device(batch)))
@@ -96,6 +103,23 @@ def gradients(
     probed = jax.device_get(jax.jit(probe)(params, batches[0], jax.random.key(seed)))
     rows = {wire.name: _row(wire.name, whole[wire.name], found, probed[wire.name]) for wire in whole.wires}
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
+
+
+def minibatches(chain: Chain, source: Source, rng: np.random.Generator, size: int, number: int) -> list[np.ndarray]:
+    """Rows of random cells; pairs of neighbours for a part whose objective reads heads and tails (UMAP)."""
+    placed = placed_in(chain)
+    if not placed:
+        return [np.sort(rng.choice(source.n_cells, size, replace=False)) for _ in range(number)]
+    sampler: Any = chain[placed[0]].sampler(read_by(chain, source, placed[0]))  # type: ignore[attr-defined]
+    rows: list[np.ndarray] = []
+    while len(rows) < number:
+        rows += list(sampler.order(rng, max(4, size // 2 * 2)))
+    return rows[:number]
+
+
+def placed_in(chain: Chain) -> list[str]:
+    """Parts whose objective is a loss, and reads a minibatch by place."""
+    return [term.part for term in chain.terms if isinstance(term, Own) and chain[term.part].batches_by_place]
 
 
 def as_chain(model: Operator) -> Chain:

@@ -36,6 +36,9 @@ class Part:
             raise ConfigError(msg)
         self.operator, self.frozen = operator, frozen
         self.name = name or snake(type(operator).__name__)
+        if set(self.name) & set("./"):
+            msg = f"Part: a name has no dot and no slash, which paths and schedules need; got {self.name!r}."
+            raise ConfigError(msg)
         self.reads, self.writes = dict(reads or {}), dict(writes or {})
         both = ("reads", self.reads, operator.requires), ("writes", self.writes, operator.provided())
         for word, given, own in both:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .chain import Chain
 
 BALANCES = ("sum", "uncertainty")
+TAKEN = ("loss", "validation_loss", "good_steps", "skipped_steps", "cells_per_second", "epoch", "stage")  # of a history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Term:
     """A loss on what the chain gives: one of `diffbio.losses`, or a function of yours.
 
     name: in the metrics.
-    function: of the values of `reads`, in that order, or of the whole dict of results where `reads` is None;
-        it gives a number.
-    reads: keys of the chain, or of the data.
+    function: of the values of `reads`, in that order, or of the whole dict of results where `reads` is None (the
+        chain's inputs and what its parts give); it gives a number.
+    reads: keys of the chain, or of the data, as they are after the last part.
     weight: factor.
     """
 
@@ -62,14 +63,31 @@ class Term:
 
         Raises:
             MissingKeyError: a key is absent.
+            ConfigError: the function gives something else than a number.
         """
+        value = jnp.asarray(self._value(result))
+        if value.ndim:
+            msg = f"Chain: the loss {self.name!r} gives an array of shape {value.shape}; a loss is one number, such as "
+            msg += "the mean."
+            raise ConfigError(msg)
+        return value
+
+    def _value(self, result: Data) -> Any:
         if self.reads is None:
-            return jnp.asarray(self.function(result))
+            try:
+                return self.function(result)
+            except KeyError as error:
+                key = error.args[0] if error.args else error
+                if key in result:
+                    raise
+                msg = f"Chain: the loss {self.name!r} asks for {key!r}; there is {', '.join(sorted(result))}. What the "
+                msg += f"data holds for a loss alone has to be named: Term(..., reads=(..., {key!r}))."
+                raise MissingKeyError(msg) from error
         missing = [key for key in self.reads if key not in result]
         if missing:
             msg = f"Chain: the loss {self.name!r} needs data[{missing[0]!r}]; there is {', '.join(sorted(result))}."
             raise MissingKeyError(msg)
-        return jnp.asarray(self.function(*(result[key] for key in self.reads)))
+        return self.function(*(result[key] for key in self.reads))
 
 
 def checked_terms(
@@ -78,13 +96,17 @@ def checked_terms(
     """The terms; None is the own objective of every part that has one.
 
     Raises:
-        ConfigError: two have one name, a part has no objective, or a key is given by nobody.
+        ConfigError: two have one name, or that of a column of every history; a part has no objective, or a key is given
+            by nobody.
     """
     if terms is None:
         return tuple(Own(name) for name in chain.names if hasattr(chain[name], "objective"))
     names = [term.name for term in terms]
     if double := sorted({name for name in names if names.count(name) > 1}):
         msg = f"Chain: two terms are called {double[0]!r}; give one another name."
+        raise ConfigError(msg)
+    if taken := [name for name in names if name in TAKEN or name.startswith(("balance_", "validation_"))]:
+        msg = f"Chain: {taken[0]!r} is a column of every history; give that term another name."
         raise ConfigError(msg)
     parts = [term.part for term in terms if isinstance(term, Own)]
     if double := sorted({part for part in parts if parts.count(part) > 1}):

@@ -83,6 +83,7 @@ class DifferentiableUMAP(Operator):
     """
 
     config: UMAPConfig
+    batches_by_place = True  # heads, then tails
     fit_defaults: ClassVar[Mapping[str, Any]] = {
         "max_epochs": 100, "batch_size": 2048, "learning_rate": 8e-3, "validation": 0.0,
     }

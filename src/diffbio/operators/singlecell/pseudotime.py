@@ -119,6 +119,11 @@ class DifferentiablePseudotime(Operator):
     rough_in: ClassVar[dict[str, str]] = {"time": "only the objective reads it"}
     fit_defaults: ClassVar[Mapping[str, Any]] = {"max_epochs": 60, "learning_rate": 0.03, "validation": 0.0}
 
+    @property
+    def names_cells(self) -> bool:
+        """Whether the config names the root."""
+        return self.config.root_cell_index is not None
+
     def __init__(self, config: PseudotimeConfig, *, rngs: nnx.Rngs) -> None:
         del rngs  # nothing is drawn
         self.config = config

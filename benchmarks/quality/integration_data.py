@@ -118,12 +118,18 @@ def load(name: str) -> IntegrationData:
         return IntegrationData(name=name, counts=counts, **{key: file[key] for key in fields})
 
 
-def halves(data: IntegrationData, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the seen and of the unseen cells: half of every batch each, at random."""
+def halves(data: IntegrationData, seed: int, turn: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the seen and of the unseen cells: half of every batch each, at random; turn 1 is the other way round."""
     rng = np.random.default_rng(seed)
     rows = [rng.permutation(np.flatnonzero(data.batch == batch)) for batch in range(data.n_batches)]
     seen = np.concatenate([some[: (len(some) + 1) // 2] for some in rows])
-    return np.sort(seen), np.setdiff1d(np.arange(len(data.batch)), seen)
+    first, second = np.sort(seen), np.setdiff1d(np.arange(len(data.batch)), seen)
+    return (second, first) if turn else (first, second)
+
+
+def half_path(dataset: str, method: str, seed: int, turn: int) -> Path:
+    """File that holds where a method that learned from one half of the cells puts those of the other."""
+    return CACHE / "halves" / f"{dataset}__{method}__{seed}_{turn}.npz"
 
 
 def embedding_path(dataset: str, method: str, seed: int) -> Path:

@@ -148,3 +148,17 @@ def test_disparity_is_that_of_scipy_and_blind_to_rotation():
     moved = jnp.asarray(3 * a @ turned + 1, jnp.float32)
     np.testing.assert_allclose(diffusion.procrustes_disparity(jnp.asarray(a, jnp.float32), moved), 0, atol=1e-5)
     assert diffusion.procrustes_disparity(jnp.ones((4, 2)), jnp.ones((4, 2))) == 0
+
+
+def test_a_cell_beside_near_duplicates_has_a_finite_gradient():
+    """Its scale is so small that the power of far neighbours overflows: their weight is 0, and so is its gradient."""
+    distances = jnp.array([[1e-16, 2e-16, 5.0, 9.0], [1.0, 2.0, 3.0, 4.0]], jnp.float32)
+
+    def summed(distances, log_decay):
+        return (diffusion.adaptive_affinity(distances, 2, decay=jnp.exp(log_decay)) ** 2).sum()
+
+    value, slopes = jax.value_and_grad(summed, argnums=(0, 1))(distances, jnp.log(jnp.float32(3.0)))
+    assert np.isfinite(value)
+    assert np.isfinite(slopes[0]).all()
+    assert np.isfinite(slopes[1])
+    np.testing.assert_array_equal(slopes[0][0, 2:], 0)

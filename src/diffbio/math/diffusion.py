@@ -59,8 +59,11 @@ def adaptive_affinity(
     """
     scale = bandwidth * jnp.sort(distances, axis=1)[:, k - 1 : k]
     apart = (distances > 0) & (scale > 0)
-    ratio = jnp.where(apart, distances, 1.0) / jnp.where(scale > 0, scale, 1.0)
-    affinity = jnp.where(apart, jnp.exp(-(ratio**decay)), jnp.where(distances > 0, 0.0, 1.0))
+    # what is cut is left out of the power, whose overflow beside near duplicates would give a gradient of NaN
+    log_ratio = jnp.log(jnp.where(apart, distances, 1.0)) - jnp.log(jnp.where(apart, scale, 1.0))
+    inside = apart & (decay * log_ratio <= np.log(-np.log(LEAST_AFFINITY)))
+    ratio = jnp.where(inside, distances, 1.0) / jnp.where(inside, scale, 1.0)
+    affinity = jnp.where(inside, jnp.exp(-(ratio**decay)), jnp.where(distances > 0, 0.0, 1.0))
     return jnp.where(affinity < LEAST_AFFINITY, 0.0, affinity)
 
 

@@ -111,10 +111,10 @@ def fit_chain(
         msg = "fit: optimizer= and a learning_rate by parts in a stage contradict each other; leave one out."
         raise ConfigError(msg)
     run = _Run(chain, source, reference, dict(settings), optimizer, schedules, checkpoint, resume, force, progress)
+    for stage in planned:  # says what is wrong before anything trains, or a checkpoint is lost
+        run.settings_of(stage, JOINT, stage.parts[0] if stage.parts else "")
     if checkpoint is not None and not resume:
         forget(Path(checkpoint))
-    for stage in planned:  # says what is wrong before anything trains
-        run.settings_of(stage, JOINT, stage.parts[0] if stage.parts else "")
     if stages is not None:  # a schedule goes on from what is there
         run.started |= {name for name in chain.names if chain[name].fitted}
     try:
@@ -356,7 +356,7 @@ class _Run:
             return AllCells(n_cells)
         if n_cells > REFERENCE_CELLS and (wanted == "neighborhoods" or (wanted is None and (paired or on_graph))):
             msg = f"fit: stage {stage.name!r} would choose which of {n_cells} cells come together, which it does for "
-            msg += f'at most {REFERENCE_CELLS}; take minibatches="random", or fewer cells.'
+            msg += f"at most {REFERENCE_CELLS}; take fewer cells" + ("." if placed else ', or minibatches="random".')
             raise ConfigError(msg)
         if paired and wanted is None:
             first = (placed or paired)[0]
